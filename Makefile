@@ -1,0 +1,61 @@
+# `make demo` and `make test` need python3 (3.11 or newer, with venv) and make, nothing else.
+#   make PYTHON=python3.12 test     another interpreter (after `make clean` if .venv exists)
+#   make test ARGS="-k bellman"     arguments for pytest
+#   make test JOBS=0                tests in one process
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all coverage lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: $(VENV)/.demo ## train on real digits; the picture and the graphs go to demo-output/
+	$(BIN)/python -m ddpn_fx demo --out demo-output
+
+test: $(VENV)/.dev ## run the tests, all but the slow ones
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-all: $(VENV)/.dev ## run the slow tests as well
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow" $(ARGS)
+
+coverage: $(VENV)/.dev ## run the tests in one process and report the lines they miss
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage report
+
+lint: $(VENV)/.dev ## ruff (rules, format) and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(VENV)/.dev ## rewrite the sources in the house's format
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+bench: $(VENV)/.dev ## step time against a compiled SGD step
+	$(BIN)/python examples/bench_step.py $(ARGS)
+
+clean: ## remove the virtual environment, the caches and what the demo wrote
+	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage build demo-output dist htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written when its step has succeeded, so a broken install is tried again and a good one is not repeated.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"ddpn_fx needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) -e '.[dev]'
+	@touch $(VENV)/.demo $@

@@ -1,0 +1,163 @@
+"""Bellman: the value function of every stage, in sample space.
+
+With ``V_x = Z_t b_t`` and ``V_xx = Z_t C_t Z_t^T`` the whole recursion lives in the small (b_t, C_t)
+(DESIGN 2.2, from eq. 4 of the paper with ``Q_xx = Z C Z^T``). Everything here is in blocks of the
+coupling; ``K`` stands for ``eta K = Gamma^T diag(eta) M^-1 Gamma`` and ``v`` for ``Gamma^T eta wd u``.
+
+Shapes: G blocks, n columns of a block. Vectors (G, n), matrices (G, n, n).
+
+Gauss-Newton row: ``C_t^-1 = C_{t+1}^-1 + K_t`` and ``C_t^-1 b_t = C_{t+1}^-1 b_{t+1} - v_t``, so
+with D = sqrt(C_T) one Cholesky of ``A_t = I + D (K_t + ... + K_{T-1}) D`` a stage gives both:
+
+    b_t + C_t y = free + D A_t^-1 D (beta - sum v - (sum K) free + y)
+
+where ``free`` is the part of b_T on columns without curvature. D may have zeros (a sample without
+weight, padding, a column without curvature).
+
+Preconditioner row (the paper's): ``C_t = C - C K C``, ``b_t = b - C K b - C v``, C and b those of
+t+1. That is not positive semidefinite once an eigenvalue of ``H = E^T K E`` (C = E E^T) exceeds 1;
+then the eigenvalue of ``I - H`` is clamped at 0, and counted: C_t = E max(I - H, 0) E^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Terminal:
+    """(b_T, C_T) in blocks: ``C_T = diag(curved)``, ``b_T = curved * beta + free``; each (G, n)."""
+
+    curved: Tensor
+    beta: Tensor
+    free: Tensor
+
+    @property
+    def b(self) -> Tensor:
+        """b_T."""
+        return self.curved * self.beta + self.free
+
+
+@dataclass
+class Policy:
+    """What one stage's policy needs to turn y_t into omega_t = b + gain C clip(y).
+
+    Attributes:
+        open: (G, n), omega for y = 0: b_t (Gauss-Newton) or b_{t+1} (preconditioner).
+        factor: (G, n, n): the Cholesky factor of A_t, or C_{t+1} itself; None where the loop is open.
+        root: (G, n), D = sqrt(C_T) for the Cholesky form, else None.
+    """
+
+    open: Tensor
+    factor: Tensor | None = None
+    root: Tensor | None = None
+
+    def omega(self, y: Tensor, gain: Tensor, trust: Tensor | None) -> Tensor:
+        """omega_t for y_t: (G, n)."""
+        if self.factor is None:
+            return self.open
+        if trust is not None:
+            y = torch.minimum(torch.maximum(y, -trust), trust)
+        if self.root is None:
+            return self.open + gain * matvec(self.factor, y)
+        return self.open + gain * self.root * solve(self.factor, self.root * y)
+
+
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """(G, n, n) times (G, n)."""
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0] * vector
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def solve(factor: Tensor, vector: Tensor) -> Tensor:
+    """A^-1 times a vector, from A's lower Cholesky factor."""
+    if factor.shape[-1] == 1:
+        return vector / factor[..., 0] ** 2
+    return torch.cholesky_solve(vector[..., None], factor)[..., 0]
+
+
+def factorize(total: Tensor, root: Tensor) -> Tensor:
+    """Cholesky factor of ``I + D K D``; not finite where K is not (no error, no synchronisation)."""
+    eye = torch.eye(total.shape[-1], dtype=total.dtype, device=total.device)
+    matrix = eye + root[..., :, None] * total * root[..., None, :]
+    if matrix.shape[-1] == 1:
+        return matrix.sqrt()
+    return torch.linalg.cholesky_ex(matrix)[0]
+
+
+def folded(grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal) -> tuple[Tensor, Tensor, Tensor]:
+    """The one omega of all stages: Gauss-Newton, linear rollout, gain 1, no trust clip (DESIGN 2.2).
+
+    Args:
+        grams: K_t of every stage.
+        decay: v_t of every stage.
+        terminal: (b_T, C_T).
+
+    Returns:
+        ``(omega, sum K, sum v)``.
+    """
+    total = _sum(grams)
+    shift = _sum_vectors(decay, terminal)
+    root = terminal.curved.sqrt()
+    rhs = terminal.beta - shift - matvec(total, terminal.free)
+    return terminal.free + root * solve(factorize(total, root), root * rhs), total, shift
+
+
+def gauss_newton(grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal) -> list[Policy]:
+    """Policies of every stage, by the Gauss-Newton row: one Cholesky solve a stage."""
+    policies: list[Policy] = []
+    root = terminal.curved.sqrt()
+    total = torch.zeros_like(grams[0])
+    shift = torch.zeros_like(terminal.beta)
+    for gram, v in zip(reversed(grams), reversed(decay), strict=True):
+        total = total + gram
+        shift = shift if v is None else shift + v
+        factor = factorize(total, root)
+        rhs = terminal.beta - shift - matvec(total, terminal.free)
+        policies.append(Policy(terminal.free + root * solve(factor, root * rhs), factor, root))
+    return policies[::-1]
+
+
+def preconditioner(grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal) -> tuple[list[Policy], Tensor]:
+    """Policies of every stage, by the preconditioner row, and the number of clamped eigenvalues."""
+    policies: list[Policy] = []
+    b = terminal.b
+    root = torch.diag_embed(terminal.curved.sqrt())
+    clamps = torch.zeros((), dtype=b.dtype, device=b.device)
+    for gram, v in zip(reversed(grams), reversed(decay), strict=True):
+        matrix = root @ root.mT
+        policies.append(Policy(b, matrix))
+        values, vectors = _eigh(root.mT @ gram @ root)
+        clamps = clamps + (values > 1).sum()
+        damp = 1.0 / values.clamp(min=1.0)
+        left = root @ vectors
+        b_next = b - matvec(left, damp * matvec(left.mT, matvec(gram, b)))
+        b = b_next if v is None else b_next - matvec(matrix, v)
+        root = left * (1.0 - values).clamp(min=0.0).sqrt()[..., None, :] @ vectors.mT
+    return policies[::-1], clamps
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; a matrix of one entry, or one that is not finite, needs no solver."""
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0], torch.ones_like(matrix)
+    finite = matrix.isfinite().all()
+    values, vectors = torch.linalg.eigh(torch.where(finite, matrix, torch.zeros_like(matrix)))
+    return torch.where(finite, values, torch.full_like(values, torch.nan)), vectors
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _sum_vectors(terms: Sequence[Tensor | None], terminal: Terminal) -> Tensor:
+    present = [t for t in terms if t is not None]
+    return _sum(present) if present else torch.zeros_like(terminal.beta)

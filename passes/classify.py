@@ -1,0 +1,182 @@
+"""What each node of the graph is: its kind, where the batch lies in it, and whether samples mix.
+
+Kinds come from the graph alone (what a node depends on). Where the batch lies comes from the
+symbolic shapes of the dynamic capture. That samples do not mix is then *tested*: the example batch
+is run twice, the second time with its first sample changed, and only that sample's slice of every
+value may differ. A reduction over the batch, or a layout that is not what the shapes suggest, shows.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from ddpn_fx.passes.capture import Captured, placeholder_values
+from ddpn_fx.passes.ir import Kind, Layout
+
+aten = torch.ops.aten
+
+NOISE_OPS = {
+    aten.rand_like.default,
+    aten.randn_like.default,
+    aten.bernoulli.default,
+    aten.rand.default,
+    aten.randn.default,
+    aten.randint.low,
+    aten.normal.Tensor_Tensor,
+    aten.multinomial.default,
+}
+
+
+def data_flow(graph: fx.Graph) -> nx.DiGraph:
+    """The graph's values as a networkx graph, an edge from each node to each of its users."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    flow.add_edges_from((a, n) for n in graph.nodes for a in n.all_input_nodes)
+    return flow
+
+
+def kinds(captured: Captured, trainable: set[str]) -> dict[fx.Node, Kind]:
+    """The kind of every node but the output.
+
+    Args:
+        captured: the objective in normal form.
+        trainable: names of the parameters that require a gradient.
+    """
+    found: dict[fx.Node, Kind] = {}
+    data = set(captured.inputs)
+    uses_data: dict[fx.Node, bool] = {}
+    for node in captured.module.graph.nodes:
+        if node.op == "output":
+            continue
+        inputs = node.all_input_nodes
+        uses_data[node] = node.name in data or any(uses_data[a] for a in inputs)
+        if node.op == "placeholder":
+            is_control = captured.params.get(node.name) in trainable
+            found[node] = Kind.PARAMETER if is_control else Kind.CONTEXT
+        elif node.target in NOISE_OPS:
+            found[node] = Kind.NOISE
+        elif node.target is aten.detach.default and not any(found[a] is Kind.CHAIN for a in inputs):
+            found[node] = Kind.CONTEXT if all(found[a] is Kind.CONTEXT for a in inputs) else found[inputs[0]]
+        elif any(found[a] is Kind.CHAIN for a in inputs):
+            found[node] = Kind.CHAIN
+        elif any(found[a] is Kind.PARAMETER for a in inputs):
+            others = [a for a in inputs if found[a] is not Kind.PARAMETER]
+            batch_free = all(found[a] is Kind.CONTEXT and not uses_data[a] for a in others)
+            found[node] = Kind.PARAMETER if batch_free and _differentiable(node) else Kind.CHAIN
+        elif any(found[a] is Kind.NOISE for a in inputs):
+            found[node] = Kind.NOISE
+        else:
+            found[node] = Kind.CONTEXT
+    return found
+
+
+def _differentiable(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
+
+
+def batch_symbols(captured: Captured) -> set[Any]:
+    """The symbols that stand for the batch size in the graph's shapes."""
+    names = {n for n, b in zip(captured.inputs, captured.batched, strict=True) if b}
+    symbols: set[Any] = set()
+    for node in captured.module.graph.nodes:
+        if node.name in names and isinstance(node.meta.get("val"), Tensor):
+            size = node.meta["val"].shape[0]
+            if isinstance(size, torch.SymInt):
+                symbols |= size.node.expr.free_symbols
+    return symbols
+
+
+def layouts(captured: Captured, sizes: dict[fx.Node, Any]) -> dict[fx.Node, Layout]:
+    """Where the batch lies in each tensor node whose shape has it in exactly one dimension."""
+    symbols = batch_symbols(captured)
+    found: dict[fx.Node, Layout] = {}
+    for node in captured.module.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or node not in sizes:
+            continue
+        dims = [d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols]
+        if len(dims) == 1 and sizes[node][dims[0]] % captured.batch == 0:
+            found[node] = Layout(dims[0], sizes[node][dims[0]] // captured.batch)
+    return found
+
+
+def evaluate(captured: Captured, values: dict[str, Any], noise: dict[fx.Node, Any] | None = None, kind: dict[fx.Node, Kind] | None = None) -> dict[fx.Node, Any]:
+    """Every node's value; with ``noise``, noise nodes take the values given there."""
+    env: dict[fx.Node, Any] = {}
+    for node in captured.module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = values[node.name]
+        elif node.op == "get_attr":
+            env[node] = fx.graph_module._get_attr(captured.module, node.target) if hasattr(fx.graph_module, "_get_attr") else getattr(captured.module, node.target)
+        elif node.op == "call_function":
+            if noise is not None and kind is not None and kind[node] is Kind.NOISE:
+                env[node] = noise[node]
+            else:
+                env[node] = node.target(*fx.node.map_arg(node.args, env.__getitem__), **fx.node.map_arg(node.kwargs, env.__getitem__))
+    return env
+
+
+def perturbed(leaves: list[Any], batched: list[bool]) -> list[Any]:
+    """The batch with its first sample changed: integers take another sample's, floats are moved."""
+    changed: list[Any] = []
+    generator = torch.Generator().manual_seed(0)
+    for leaf, is_batched in zip(leaves, batched, strict=True):
+        if not is_batched:
+            changed.append(leaf)
+            continue
+        leaf = leaf.clone()
+        if leaf.is_floating_point():
+            scale = leaf.abs().mean() + 1e-3
+            leaf[0] += scale * torch.randn(leaf[0].shape, generator=generator, dtype=torch.float64).to(leaf)
+        else:
+            other = next((i for i in range(1, len(leaf)) if not torch.equal(leaf[i], leaf[0])), 0)
+            leaf[0] = leaf[other]
+        changed.append(leaf)
+    return changed
+
+
+def probe(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tensor], kind: dict[fx.Node, Kind]) -> tuple[dict[fx.Node, Any], dict[fx.Node, Layout], fx.Node | None]:
+    """Shapes at the traced batch size, layouts, and the first chain node that mixes samples.
+
+    Returns:
+        ``(sizes, layouts, mixing)``: shape by node (tensor nodes), layout by node, and the first
+        node of the chain in which a sample's value depends on another sample (None if none does).
+        Nodes after it are not judged, since they inherit its mixing.
+    """
+    with torch.no_grad():
+        base = evaluate(captured, placeholder_values(captured, params, buffers, captured.example))
+        leaves = perturbed(captured.example, captured.batched)
+        moved = evaluate(captured, placeholder_values(captured, params, buffers, leaves), base, kind)
+    sizes = {n: tuple(v.shape) for n, v in base.items() if isinstance(v, Tensor)}
+    found = layouts(captured, sizes)
+    mixing = None
+    for node, before in base.items():
+        if kind[node] is not Kind.CHAIN or not isinstance(before, Tensor) or node.op == "placeholder":
+            continue
+        if _leaks(before, moved[node], found.get(node), captured.batch):
+            mixing = node
+            break
+    return sizes, found, mixing
+
+
+def _leaks(before: Tensor, after: Tensor, layout: Layout | None, batch: int) -> bool:
+    """Whether samples other than the first differ between the two runs."""
+    if layout is not None:
+        before, after = (t.movedim(layout.dim, 0).unflatten(0, (batch, layout.inner))[1:] for t in (before, after))
+    if before.dtype in (torch.bool,) or not before.is_floating_point():
+        return not torch.equal(before, after)
+    eps = torch.finfo(before.dtype).eps
+    finite = before.abs()[before.isfinite()]
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return not torch.allclose(before, after, rtol=1e3 * eps, atol=1e3 * eps * scale, equal_nan=True)
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node takes one output of an operator with several."""
+    return node.target is operator.getitem

@@ -1,0 +1,53 @@
+"""Per-pass timing and operator counts, through ``logging`` (``TORCH_LOGS="+ddpn_fx"`` style names).
+
+Every pass runs under :func:`timed`, which logs its wall time and what it did to the graph's
+operators, and keeps a record so that ``net.chain`` and ``explain`` can show the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import fx
+
+log = logging.getLogger("ddpn_fx.passes")
+
+
+def op_counts(graph: fx.Graph | None) -> Counter[str]:
+    """Operators of a graph by name; an absent graph has none."""
+    if graph is None:
+        return Counter()
+    return Counter(str(n.target) for n in graph.nodes if n.op == "call_function")
+
+
+@dataclass
+class PassRecord:
+    """What one pass did: its name, seconds, and operator counts before and after."""
+
+    name: str
+    seconds: float = 0.0
+    before: Counter[str] = field(default_factory=Counter)
+    after: Counter[str] = field(default_factory=Counter)
+
+    def difference(self) -> str:
+        """The changed operator counts as ``+2 aten.mul.Tensor, -1 aten.layer_norm.default``."""
+        names = sorted(set(self.before) | set(self.after))
+        deltas = [(self.after[n] - self.before[n], n) for n in names]
+        return ", ".join(f"{d:+d} {n}" for d, n in deltas if d) or "no change"
+
+
+@contextmanager
+def timed(name: str, records: list[PassRecord], graph: fx.Graph | None = None) -> Iterator[PassRecord]:
+    """Time a pass; the body sets ``record.after = op_counts(...)``. Logs one INFO line at its end."""
+    record = PassRecord(name, before=op_counts(graph))
+    start = time.perf_counter()
+    yield record
+    record.seconds = time.perf_counter() - start
+    records.append(record)
+    total = sum(record.after.values())
+    log.info("%s: %.3f s, %d ops (%s)", name, record.seconds, total, record.difference())

@@ -1,0 +1,217 @@
+"""Lower: a program on one batch shape becomes one flat graph, and that graph is compiled.
+
+``make_fx`` traces the whole step on the real batch; ``fuse`` cleans it; writes to parameters,
+buffers and optimiser state become ``copy_`` nodes at its end, so that the compiled graph updates
+them in place and returns the statistics alone. The graph exists before any backend sees it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ddpn_fx.passes.fuse import fuse
+from ddpn_fx.passes.ir import Kind
+from ddpn_fx.passes.log import PassRecord, op_counts, timed
+from ddpn_fx.passes.program import STATISTICS, Hyper, Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names of the tensors a step takes, in the order of its flat arguments."""
+
+    params: tuple[str, ...]
+    buffers: tuple[str, ...]
+    state: tuple[str, ...]
+    leaves: int
+
+    def flatten(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any], vector: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """Parameters, buffers, the batch's tensors, the vector of numbers, optimiser state."""
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        return [*(params[n] for n in self.params), *(buffers[n] for n in self.buffers), *tensors, vector, *(state[n] for n in self.state)]
+
+    def unflatten(self, flat: Sequence[Tensor], program: Program) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any], Tensor, dict[str, Tensor]]:
+        """The inverse of :meth:`flatten`; constants of the batch come from the program."""
+        items = iter(flat)
+        params = {n: next(items) for n in self.params}
+        buffers = {n: next(items) for n in self.buffers}
+        leaves = [next(items) if t else c for t, c in zip(program.is_tensor, program.constants, strict=True)]
+        vector = next(items)
+        return params, buffers, leaves, vector, {n: next(items) for n in self.state}
+
+
+def signature(program: Program, state: Mapping[str, Tensor]) -> Signature:
+    """The signature of a program's step."""
+    captured = program.chain.captured
+    return Signature(
+        tuple(dict.fromkeys(captured.params.values())),
+        tuple(dict.fromkeys(captured.buffers.values())),
+        tuple(state),
+        sum(program.is_tensor),
+    )
+
+
+@dataclass
+class Lowered:
+    """A step ready to run: ``run(flat) -> statistics vector``, writing its results in place."""
+
+    program: Program
+    signature: Signature
+    module: fx.GraphModule
+    run: Callable[..., Any]
+    records: list[PassRecord] = field(default_factory=list)
+
+
+def lower(
+    program: Program,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    leaves: Sequence[Any],
+    vector: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    backend: Any,
+    compile_kwargs: Mapping[str, Any],
+) -> Lowered:
+    """Trace, fuse and compile a program for the shapes of these tensors (whose values stay as they are)."""
+    names = signature(program, state)
+    flat = names.flatten(params, buffers, leaves, vector, state)
+    records: list[PassRecord] = []
+    written: list[tuple[int, int]] = []
+
+    def step(*tensors: Tensor) -> list[Tensor]:
+        p, b, x, v, s = names.unflatten(tensors, program)
+        new_p, new_b, new_s, statistics = program.step(p, b, x, v, s)
+        position = {(k, n): i for i, (k, n) in enumerate([*(("p", n) for n in names.params), *(("b", n) for n in names.buffers)])}
+        offset = len(position) + names.leaves + 1
+        position |= {("s", n): offset + i for i, n in enumerate(names.state)}
+        outputs = [statistics]
+        written.clear()
+        for kind, new in (("p", new_p), ("b", new_b), ("s", new_s)):
+            for name, value in new.items():
+                written.append((position[kind, name], len(outputs)))
+                outputs.append(value)
+        return outputs
+
+    with timed("trace", records) as record:
+        module = trace(step, flat)
+        record.after = op_counts(module.graph)
+    with timed("fuse", records, module.graph) as record:
+        _write_in_place(module, written)
+        fuse(module)
+        _name_placeholders(module, names)
+        record.after = op_counts(module.graph)
+    run: Callable[..., Any] = module
+    if backend != "eager":
+        with timed("lower", records, module.graph) as record:
+            run = torch.compile(module, fullgraph=True, dynamic=False, backend=backend, **compile_kwargs)
+            record.after = op_counts(module.graph)
+    return Lowered(program, names, module, run, records)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+        yield
+
+
+def trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModule:
+    """``make_fx`` on real tensors; the random state is given back."""
+    devices = sorted({t.device.index or 0 for t in flat if t.device.type == "cuda"})
+    with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        return make_fx(function)(*flat)
+
+
+def _write_in_place(module: fx.GraphModule, written: Sequence[tuple[int, int]]) -> None:
+    """Turn outputs that update an input into ``copy_`` nodes; the first output stays."""
+    graph = module.graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    values = output.args[0]
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    with graph.inserting_before(output):
+        for target, index in written:
+            copy = graph.call_function(aten.copy_.default, (placeholders[target], values[index]))
+            copy.meta.update({"role": "update", **{k: v for k, v in values[index].meta.items() if k in ("val", "stage", "module_path")}})
+    output.args = ((values[0],),)
+    graph.lint()
+
+
+def _name_placeholders(module: fx.GraphModule, names: Signature) -> None:
+    """Give inputs the names of what they hold, so that an exported graph can be read."""
+    labels = [f"param_{n}" for n in names.params] + [f"buffer_{n}" for n in names.buffers]
+    labels += [f"batch_{i}" for i in range(names.leaves)] + ["hyper"] + [f"state_{n}" for n in names.state]
+    taken = {n.name for n in module.graph.nodes}
+    for node, text in zip([n for n in module.graph.nodes if n.op == "placeholder"], labels, strict=True):
+        name = "".join(c if c.isalnum() else "_" for c in text)
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        node.name = name
+        node.target = name
+        node.meta["role"] = "input"
+        node.meta.setdefault("module_path", text.split("_", 1)[-1])
+    module.recompile()
+
+
+def parts(
+    program: Program, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any], vector: Tensor, state: Mapping[str, Tensor]
+) -> dict[str, tuple[fx.GraphModule, list[Tensor]]]:
+    """The three graphs of a step by themselves, with inputs to run each on.
+
+    ``simulate``: the batch and the controls -> states, noise, loss. ``backward``: states and noise ->
+    per stage the policy's omega at y = 0 and its feedback factor. ``feedback``: the same, and the
+    policies -> du and the statistics.
+    """
+    names = signature(program, state)
+    base = names.flatten(params, buffers, leaves, vector, state)
+    chain = program.chain
+    kept = list(dict.fromkeys([n for s in chain.stages for n in (*s.state_in, *(m for m in s.nodes if chain.kinds[m] is Kind.NOISE))]))
+
+    def simulate(*flat: Tensor) -> list[Tensor]:
+        p, b, x, _, _ = names.unflatten(flat, program)
+        trajectory = program.simulate(p, b, x)
+        assert trajectory.loss is not None
+        return [trajectory.loss, *(trajectory.env[n] for n in [*kept, *chain.terminal])]
+
+    def backward(*flat: Tensor) -> list[Tensor]:
+        p, b, x, v, _ = names.unflatten(flat[: len(base)], program)
+        trajectory = program.retrace(p, b, x, dict(zip(kept, flat[len(base) :], strict=True)))
+        linear = program.backward(trajectory, Hyper.unpack(v))
+        if linear.folded is not None:
+            return [linear.folded, *linear.grams]
+        return [t for policy in linear.policies for t in (policy.open, policy.factor) if t is not None] or [linear.terminal.b]
+
+    def feedback(*flat: Tensor) -> list[Tensor]:
+        p, b, x, v, s = names.unflatten(flat[: len(base)], program)
+        trajectory = program.retrace(p, b, x, dict(zip(kept, flat[len(base) : len(base) + len(kept)], strict=True)))
+        hyper = Hyper.unpack(v)
+        linear = program.backward(trajectory, hyper)
+        given = iter(flat[len(base) + len(kept) :])
+        if linear.folded is not None:
+            linear.folded = next(given)
+            linear.grams = [next(given) for _ in linear.grams]
+        else:
+            for policy in linear.policies:
+                policy.open = next(given)
+                policy.factor = next(given) if policy.factor is not None else None
+        changes, _, statistics = program.feedback(trajectory, linear, hyper, s)
+        return [*changes.values(), torch.stack([statistics[k].to(v.dtype) for k in STATISTICS])]
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        states = simulate(*base)[1 : 1 + len(kept)]
+        policies = backward(*base, *states)
+    found: dict[str, tuple[fx.GraphModule, list[Tensor]]] = {}
+    for name, function, inputs in (("simulate", simulate, base), ("backward", backward, [*base, *states]), ("feedback", feedback, [*base, *states, *policies])):
+        module = fuse(trace(function, inputs))
+        found[name] = (module, list(inputs))
+    return found

@@ -1,0 +1,159 @@
+"""Normal form: rewrites after which every later pass sees one kind of graph.
+
+- ``view`` becomes ``reshape``: a rollout may meet other strides than the trace did.
+- Norm layers become the norm without affine, then an explicit ``mul`` and ``add``: parametrised
+  operators that the affine rule covers. They keep one ``group``, so that they share a stage.
+- ``matmul``, ``mm`` and ``addmm`` with a two-dimensional parameter become ``linear``.
+- Dropout becomes a drawn mask and a product: the mask is noise that the rollout replays.
+- No-ops and assertions disappear; dead nodes are removed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+Rewrite = Callable[[fx.Graph, fx.Node], fx.Node | None]
+
+_ASSERTS = (
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range_for_size.default,
+)
+
+
+def normalize(module: fx.GraphModule, parameter_nodes: set[str]) -> fx.GraphModule:
+    """Rewrite the graph in place into the normal form and return it.
+
+    Args:
+        module: the captured graph.
+        parameter_nodes: names of the placeholders that hold trainable parameters.
+    """
+    graph = module.graph
+    parameter_only = _parameter_only(graph, parameter_nodes)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _ASSERTS:
+            graph.erase_node(node)
+            continue
+        for rewrite in (_norm, _dropout, _matmul(parameter_only), _reshape):
+            new = rewrite(graph, node)
+            if new is not None:
+                node.replace_all_uses_with(new)
+                graph.erase_node(node)
+                break
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _parameter_only(graph: fx.Graph, parameter_nodes: set[str]) -> set[fx.Node]:
+    """Nodes that depend on trainable parameters and on no other placeholder."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.name in parameter_nodes:
+            found.add(node)
+        elif node.op == "call_function" and node.all_input_nodes and all(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _like(new: fx.Node, old: fx.Node, val: object = None) -> fx.Node:
+    new.meta = {k: v for k, v in old.meta.items() if k in ("nn_module_stack", "stack_trace", "group")}
+    if val is not None:
+        new.meta["val"] = val
+    elif "val" in old.meta:
+        new.meta["val"] = old.meta["val"]
+    return new
+
+
+def _norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """Take the affine part out of layer, group and RMS norms."""
+    args = list(node.args)
+    if node.target is aten.layer_norm.default:
+        at, tail = 2, ()
+    elif node.target is aten.group_norm.default:
+        value = node.meta["val"]
+        at, tail = 2, (-1, *([1] * (value.dim() - 2)))
+    elif node.target is aten.rms_norm.default:
+        at, tail = 2, ()
+    else:
+        return None
+    affine = [a if isinstance(a, fx.Node) else None for a in args[at : at + (1 if node.target is aten.rms_norm.default else 2)]]
+    if not any(affine):
+        return None
+    args[at : at + len(affine)] = [None] * len(affine)
+    node.meta.setdefault("group", node.name)
+    with graph.inserting_before(node):
+        out = _like(graph.call_function(node.target, tuple(args), node.kwargs), node)
+        for parameter, op in zip(affine, (aten.mul.Tensor, aten.add.Tensor), strict=False):
+            if parameter is None:
+                continue
+            if tail:
+                parameter = _like(graph.call_function(aten.reshape.default, (parameter, list(tail))), node, parameter.meta["val"].reshape(tail))
+            out = _like(graph.call_function(op, (out, parameter)), node)
+    return out
+
+
+def _dropout(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """``native_dropout(x, p, train)`` -> ``x * mask`` with ``mask = (rand_like(x) >= p) / (1 - p)``."""
+    if node.target is aten.dropout.default:
+        x, p, train = node.args
+    elif node.target is operator.getitem and node.args[0].target is aten.native_dropout.default and node.args[1] == 0:  # type: ignore[union-attr]
+        x, p, train = node.args[0].args  # type: ignore[union-attr]
+    else:
+        return None
+    assert isinstance(x, fx.Node)
+    if not train or p == 0.0:
+        return x
+    val = x.meta.get("val")
+    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - float(p))  # type: ignore[arg-type]
+    with graph.inserting_before(node):
+        uniform = _like(graph.call_function(aten.rand_like.default, (x,)), node, val)
+        keep = _like(graph.call_function(aten.ge.Scalar, (uniform, p)), node, None if val is None else val >= 0)
+        mask = _like(graph.call_function(aten.mul.Scalar, (_cast(graph, keep, x), scale)), node, val)
+        return _like(graph.call_function(aten.mul.Tensor, (x, mask)), node, val)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+    val = like.meta["val"]
+    cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": val.dtype})
+    return _like(cast, node, val)
+
+
+def _matmul(parameter_only: set[fx.Node]) -> Rewrite:
+    """``x @ W``, ``mm(x, W)``, ``addmm(b, x, W)`` with a parameter W of two dimensions -> ``linear``."""
+
+    def rewrite(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+        if node.target in (aten.matmul.default, aten.mm.default) and not node.kwargs:
+            (x, weight), bias = node.args, None
+        elif node.target is aten.addmm.default and not node.kwargs:
+            bias, x, weight = node.args
+        else:
+            return None
+        if weight not in parameter_only or x in parameter_only or weight.meta["val"].dim() != 2 or x.meta["val"].dim() < 2:  # type: ignore[union-attr]
+            return None
+        with graph.inserting_before(node):
+            transposed = _like(graph.call_function(aten.permute.default, (weight, [1, 0])), node, weight.meta["val"].permute(1, 0))  # type: ignore[union-attr]
+            parameter_only.add(transposed)
+            return _like(graph.call_function(aten.linear.default, (x, transposed, *(() if bias is None else (bias,)))), node)
+
+    return rewrite
+
+
+def _reshape(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """``view`` -> ``reshape``; aliases and same-dtype copies -> their input."""
+    if node.target is aten.view.default:
+        with graph.inserting_before(node):
+            return _like(graph.call_function(aten.reshape.default, node.args), node)
+    if node.target is aten.alias.default:
+        return node.args[0]  # type: ignore[return-value]
+    return None

@@ -1,0 +1,212 @@
+"""The rule's interface, the generic rule's mathematics, and the blocks of a coupling.
+
+Shapes: B batch, R columns, N = B R, G blocks of g samples, n = g R; M a parameter's shape.
+Cotangents come as ``(R, *output.shape)``; a rule hands out Gamma's columns as ``(B, R, *M)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ddpn_fx.passes.ir import Layout
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a coupling: G groups of g consecutive samples, each with R columns.
+
+    The last group may be smaller than g; it is padded with zero columns, which every formula of
+    the recursion leaves zero.
+    """
+
+    batch: int
+    columns: int
+    group: int
+
+    @property
+    def count(self) -> int:
+        """G, the number of blocks."""
+        return math.ceil(self.batch / self.group)
+
+    @property
+    def size(self) -> int:
+        """n, the columns of one block."""
+        return self.group * self.columns
+
+    def split(self, t: Tensor) -> Tensor:
+        """(B, ...) -> (G, g, ...), padded with zeros."""
+        missing = self.count * self.group - self.batch
+        if missing:
+            t = torch.cat([t, t.new_zeros(missing, *t.shape[1:])])
+        return t.reshape(self.count, self.group, *t.shape[1:])
+
+    def columns_of(self, t: Tensor) -> Tensor:
+        """(B, R, ...) -> (G, n, ...)."""
+        return self.split(t).flatten(1, 2)
+
+    def merge(self, t: Tensor) -> Tensor:
+        """(G, n) -> (B, R)."""
+        return t.reshape(-1, self.columns)[: self.batch]
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of Grams, weights and policies: float32, or float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def batch_first(t: Tensor, layout: Layout, batch: int, at: int = 0) -> Tensor:
+    """Bring a value with ``at`` leading dimensions to (*leading, B, inner, ...)."""
+    return t.movedim(layout.dim + at, at).unflatten(at, (batch, layout.inner))
+
+
+class Rule:
+    """Gamma of one parametrised operator on one batch (the generic rule).
+
+    Args:
+        node: the operator.
+        values: every argument node's value, batch and parameters at once.
+        cotangent: (R, *output.shape), the cotangents at the operator's output.
+        arguments: the parameter-only argument nodes.
+        layouts: argument or operator node -> where the batch lies.
+        batch: B.
+    """
+
+    name: ClassVar[str] = "generic"
+
+    def __init__(self, node: fx.Node, values: dict[fx.Node, Any], cotangent: Tensor, arguments: Sequence[fx.Node], layouts: dict[fx.Node, Layout], batch: int) -> None:
+        self.node, self.values, self.arguments = node, values, tuple(arguments)
+        self.cotangent, self.layouts, self.batch = cotangent, layouts, batch
+        self.columns = cotangent.shape[0]
+        self._dense: dict[fx.Node, Tensor] = {}
+
+    @classmethod
+    def matches(cls, node: fx.Node, arguments: Sequence[fx.Node]) -> bool:
+        """Whether the rule serves this use of the operator."""
+        return True
+
+    def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
+        """K = Gamma^T Gamma in blocks: (G, n, n)."""
+        columns = blocks.columns_of(self.dense(argument)).flatten(2)
+        columns = columns.to(accumulate_dtype(columns.dtype))
+        return columns @ columns.mT
+
+    def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
+        """Gamma omega, of the argument's shape; omega: (B, R). One VJP of the whole batch."""
+        value = self.values[argument]
+        _, pull = torch.func.vjp(lambda p: self._apply(self.values, {argument: p}), value)
+        return pull(self.weighted(omega))[0]
+
+    def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
+        """Gamma^T D: (B, R) for a direction D of the argument's shape."""
+        columns = self.dense(argument)
+        dtype = accumulate_dtype(columns.dtype)
+        return columns.flatten(2).to(dtype) @ direction.flatten().to(dtype)
+
+    def dense(self, argument: fx.Node) -> Tensor:
+        """Gamma's columns: (B, R, *M)."""
+        if argument not in self._dense:
+            self._dense[argument] = self._columns(argument)
+        return self._dense[argument]
+
+    def weighted(self, omega: Tensor) -> Tensor:
+        """sum_c omega_ic h[i, c]: the cotangents weighted and summed over columns, in the output's layout."""
+        layout = self.layouts[self.node]
+        h = batch_first(self.cotangent, layout, self.batch, at=1)
+        scale = omega.to(h.dtype).mT.reshape(self.columns, self.batch, *([1] * (h.dim() - 2)))
+        weighted = (h * scale).sum(0) if self.columns > 1 else (h * scale)[0]
+        return weighted.flatten(0, 1).movedim(0, layout.dim)
+
+    def _columns(self, argument: fx.Node) -> Tensor:
+        """Per-sample VJP: vmap over samples and columns of the operator on a batch of one."""
+        mapped = [n for n in self.node.all_input_nodes if n in self.layouts and n not in self.arguments and isinstance(self.values[n], Tensor)]
+        samples = [batch_first(self.values[n], self.layouts[n], self.batch) for n in mapped]
+        h = batch_first(self.cotangent, self.layouts[self.node], self.batch, at=1).movedim(0, 1)
+        value = self.values[argument]
+        single = _single_sample_sizes(self.node, self.values, self.batch)
+
+        def columns(h_i: Tensor, *x_i: Tensor) -> Tensor:
+            sample = {**self.values, **single}
+            for n, x in zip(mapped, x_i, strict=True):
+                sample[n] = x.movedim(0, self.layouts[n].dim)
+            _, pull = torch.func.vjp(lambda p: self._apply(sample, {argument: p}), value)
+            return torch.func.vmap(lambda c: pull(c.movedim(0, self.layouts[self.node].dim))[0])(h_i)
+
+        return torch.func.vmap(columns)(h, *samples)
+
+    def _apply(self, values: dict[fx.Node, Any], replaced: dict[fx.Node, Tensor]) -> Tensor:
+        def lookup(n: fx.Node) -> Any:
+            return replaced[n] if n in replaced else values[n]
+
+        assert callable(self.node.target)
+        return self.node.target(*fx.node.map_arg(self.node.args, lookup), **fx.node.map_arg(self.node.kwargs, lookup))
+
+
+def _single_sample_sizes(node: fx.Node, values: dict[fx.Node, Any], batch: int) -> dict[fx.Node, Any]:
+    """Size arguments of the operator that count the batch, for a batch of one."""
+    found: dict[fx.Node, Any] = {}
+    for n in node.all_input_nodes:
+        value = n.meta.get("val")
+        if isinstance(values.get(n), int) and isinstance(value, torch.SymInt):
+            expr = value.node.expr
+            found[n] = int(expr.subs({s: 1 for s in expr.free_symbols}))
+    return found
+
+
+def positions(t: Tensor, layout: Layout, batch: int, at: int = 0) -> Tensor:
+    """(*leading, B, P, features): everything between the batch and the last dimension flattened to P."""
+    t = batch_first(t, layout, batch, at)
+    return t.reshape(*t.shape[: at + 1], -1, t.shape[-1])
+
+
+def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks) -> Tensor:
+    """K of outer products sum_p x_p (x) h_p, from Grams of x and h or from the products, whichever is cheaper.
+
+    Args:
+        x: (B, P, I).
+        h: (B, R, P, O).
+        blocks: the coupling.
+    """
+    assert h is not None
+    dtype = accumulate_dtype(x.dtype)
+    x, h = x.to(dtype), h.to(dtype)
+    (_, p, i), (_, r, _, o) = x.shape, h.shape
+    g = blocks.group
+    if p == 1:
+        gx = blocks.split(x[:, 0])
+        gh = blocks.columns_of(h[:, :, 0])
+        gram_x, gram_h = gx @ gx.mT, gh @ gh.mT
+        if r == 1:
+            return gram_x * gram_h
+        count = blocks.count
+        return (gram_h.view(count, g, r, g, r) * gram_x.view(count, g, 1, g, 1)).reshape(count, g * r, g * r)
+    if prefer_grams(p, i, o, g, r):
+        flat_x = blocks.split(x).flatten(1, 2)
+        flat_h = blocks.columns_of(h).flatten(1, 2)
+        count = blocks.count
+        gram_x = (flat_x @ flat_x.mT).view(count, g, 1, p, g, 1, p)
+        gram_h = (flat_h @ flat_h.mT).view(count, g, r, p, g, r, p)
+        return (gram_x * gram_h).sum((3, 6)).reshape(count, g * r, g * r)
+    columns = blocks.columns_of(torch.einsum("brpo,bpi->broi", h, x)).flatten(2)
+    return columns @ columns.mT
+
+
+def prefer_grams(p: int, i: int, o: int, g: int, r: int) -> bool:
+    """Cost model: Grams over positions, or per-sample products? (multiply-adds of one block.)"""
+    grams = (g * p) ** 2 * (i + r * r * o + r * r)
+    products = g * r * p * i * o + (g * r) ** 2 * i * o
+    return grams < products
+
+
+def spatial_columns(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Patches of a 2-D convolution's input: (B, C kh kw, L)."""
+    return F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+
+
+Apply = Callable[..., Tensor]

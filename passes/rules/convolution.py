@@ -1,0 +1,85 @@
+"""Two-dimensional convolutions: per-sample gradients by unfolding and one batched product.
+
+Shapes: B batch, R columns, S groups, L output positions, I inputs of a group times the kernel, O
+outputs of a group. With more positions than weights, the per-sample gradients are the cheaper way
+to K; where they are formed, the contraction is one product with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from ddpn_fx.passes.ir import Layout
+from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, prefer_grams, product_gram, spatial_columns
+
+aten = torch.ops.aten
+
+
+class Convolution(Rule):
+    """Rule for ``conv2d(x, W, b, stride, padding, dilation, groups)``."""
+
+    name: ClassVar[str] = "convolution"
+
+    @classmethod
+    def matches(cls, node: fx.Node, arguments: Sequence[fx.Node]) -> bool:
+        """A plain (not transposed) convolution of a batched input with integer padding."""
+        if node.target is not aten.conv2d.default or node.args[0] in arguments:
+            return False
+        value = node.meta.get("val")
+        return value is None or value.dim() == 4
+
+    def _option(self, index: int, default: Any) -> list[int]:
+        value = self.node.args[index] if len(self.node.args) > index else default
+        return [value, value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+
+    @property
+    def groups(self) -> int:
+        """S, the convolution's groups."""
+        return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[call-overload]
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """(B, S, I, L)."""
+        source, weight = self.node.args[0], self.node.args[1]
+        assert isinstance(source, fx.Node)
+        kernel = self.values[weight].shape[2:]
+        columns = spatial_columns(self.values[source], kernel, self._option(3, 1), self._option(4, 0), self._option(5, 1))
+        return columns.unflatten(1, (self.groups, -1))
+
+    @cached_property
+    def h(self) -> Tensor:
+        """(B, R, S, O, L)."""
+        assert self.layouts[self.node] == Layout(0, 1)
+        return self.cotangent.movedim(0, 1).flatten(3).unflatten(2, (self.groups, -1))
+
+    def _is_weight(self, argument: fx.Node) -> bool:
+        return argument is self.node.args[1]
+
+    def _columns(self, argument: fx.Node) -> Tensor:
+        if not self._is_weight(argument):
+            return self.h.sum(-1).flatten(2)
+        products = self.h @ self.patches[:, None].mT  # (B, R, S, O, I)
+        return products.reshape(*products.shape[:2], *self.values[argument].shape)
+
+    def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
+        """From Grams over positions where these are few, else from per-sample gradients."""
+        if self._is_weight(argument) and self.groups == 1:
+            (_, _, i, length), o = self.patches.shape, self.h.shape[3]
+            if prefer_grams(length, i, o, blocks.group, self.columns):
+                return product_gram(self.patches[:, 0].mT, self.h[:, :, 0].mT, blocks)
+        columns = blocks.columns_of(self.dense(argument)).flatten(2)
+        columns = columns.to(accumulate_dtype(columns.dtype))
+        return columns @ columns.mT
+
+    def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
+        """With the per-sample gradients at hand one product with them, else one VJP of the batch."""
+        if argument in self._dense or not self._is_weight(argument):
+            columns = self.dense(argument)
+            flat = omega.reshape(1, -1).to(columns.dtype) @ columns.reshape(omega.numel(), -1)
+            return flat.reshape(self.values[argument].shape)
+        return super().contract(argument, omega)

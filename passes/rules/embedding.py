@@ -1,0 +1,76 @@
+"""``aten.embedding``: Gamma's columns are rows of the cotangent scattered to the looked-up indices.
+
+Shapes: B batch, R columns, P positions, O features. K needs no table: the Gram of two samples is
+the sum over equal indices of the products of their cotangents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, batch_first, positions
+
+
+class Embedding(Rule):
+    """Rule for ``embedding(W, indices, padding_idx)``."""
+
+    name: ClassVar[str] = "embedding"
+
+    @classmethod
+    def matches(cls, node: fx.Node, arguments: Sequence[fx.Node]) -> bool:
+        """The table is the parameter, the indices carry the batch; gradients are not scaled by frequency."""
+        scaled = len(node.args) > 3 and bool(node.args[3])
+        return node.target is torch.ops.aten.embedding.default and node.args[0] in arguments and not scaled
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """(B, P)."""
+        source = self.node.args[1]
+        assert isinstance(source, fx.Node)
+        return batch_first(self.values[source], self.layouts[source], self.batch).reshape(self.batch, -1)
+
+    @cached_property
+    def h(self) -> Tensor:
+        """(B, R, P, O), zero where the index is the padding."""
+        h = positions(self.cotangent, self.layouts[self.node], self.batch, at=1).movedim(0, 1)
+        padding = self.node.args[2] if len(self.node.args) > 2 else -1
+        if isinstance(padding, int) and padding >= 0:
+            h = h * (self.indices != padding).to(h.dtype)[:, None, :, None]
+        return h
+
+    def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
+        """sum_pq [index_p = index_q] (h_p . h_q)."""
+        h = self.h.to(accumulate_dtype(self.h.dtype))
+        (_, r, p, o), vocabulary = h.shape, self.values[argument].shape[0]
+        g, count = blocks.group, blocks.count
+        if (g * p) ** 2 * r * r * (o + 1) > self.batch * r * vocabulary * o * (g * r + 1):
+            return super().gram(argument, blocks)
+        flat = blocks.columns_of(h).flatten(1, 2)
+        index = blocks.split(self.indices)
+        same = (index.flatten(1)[:, :, None] == index.flatten(1)[:, None, :]).to(h.dtype)
+        products = (flat @ flat.mT).view(count, g, r, p, g, r, p) * same.view(count, g, 1, p, g, 1, p)
+        return products.sum((3, 6)).reshape(count, g * r, g * r)
+
+    def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
+        """Scatter the weighted cotangents into the table."""
+        table = self.values[argument]
+        weighted = torch.einsum("brpo,br->bpo", self.h, omega.to(self.h.dtype)).flatten(0, 1)
+        return torch.zeros_like(table).index_add(0, self.indices.flatten(), weighted.to(table.dtype))
+
+    def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
+        """<h_p, D[index_p]>, summed over positions."""
+        dtype = accumulate_dtype(self.h.dtype)
+        rows = direction.to(dtype)[self.indices]
+        return torch.einsum("brpo,bpo->br", self.h.to(dtype), rows)
+
+    def _columns(self, argument: fx.Node) -> Tensor:
+        table = self.values[argument]
+        h = self.h.movedim(1, 2)  # (B, P, R, O)
+        out = table.new_zeros(self.batch, table.shape[0], self.columns, table.shape[1])
+        at = self.indices[:, :, None, None].expand_as(h)
+        return out.scatter_add(1, at, h.to(table.dtype)).movedim(2, 1)

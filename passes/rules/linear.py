@@ -1,0 +1,69 @@
+"""``aten.linear``: Gamma's columns are outer products of input and cotangent, summed over positions.
+
+Shapes: B batch, R columns, P positions, I inputs, O outputs. K comes from two Grams without
+per-sample gradients where there is one position or few; the contraction is one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, positions, product_gram
+
+
+class Linear(Rule):
+    """Rule for ``linear(x, W, b)`` with x of shape (..., I), the batch anywhere before the features."""
+
+    name: ClassVar[str] = "linear"
+
+    @classmethod
+    def matches(cls, node: fx.Node, arguments: Sequence[fx.Node]) -> bool:
+        """The input carries the batch and the parameters are weight and bias."""
+        return node.target is torch.ops.aten.linear.default and node.args[0] not in arguments and node.args[1] in arguments
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Inputs, (B, P, I)."""
+        source = self.node.args[0]
+        assert isinstance(source, fx.Node)
+        return positions(self.values[source], self.layouts[source], self.batch)
+
+    @cached_property
+    def h(self) -> Tensor:
+        """Cotangents, (B, R, P, O)."""
+        return positions(self.cotangent, self.layouts[self.node], self.batch, at=1).movedim(0, 1)
+
+    def _is_weight(self, argument: fx.Node) -> bool:
+        return argument is self.node.args[1]
+
+    def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
+        """Weight: sum_pq (x_p . x_q)(h_p . h_q); bias: the Gram of the summed cotangents."""
+        if self._is_weight(argument):
+            return product_gram(self.x, self.h, blocks)
+        h = blocks.columns_of(self.h.to(accumulate_dtype(self.h.dtype)).sum(2))
+        return h @ h.mT
+
+    def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
+        """Weight: (sum_c omega h)^T x in one product; bias: its sum over samples and positions."""
+        scale = omega.to(self.h.dtype)[:, :, None, None]
+        h = (self.h * scale).sum(1) if self.columns > 1 else self.h[:, 0] * scale[:, 0]
+        h = h.flatten(0, 1)
+        return h.mT @ self.x.flatten(0, 1) if self._is_weight(argument) else h.sum(0)
+
+    def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
+        """<h, x D^T> or <h, d>, summed over positions."""
+        dtype = accumulate_dtype(self.h.dtype)
+        if self._is_weight(argument):
+            change = self.x @ direction.to(self.x.dtype).mT
+            return (self.h.to(dtype) * change.to(dtype)[:, None]).sum((2, 3))
+        return self.h.to(dtype).sum(2) @ direction.to(dtype)
+
+    def _columns(self, argument: fx.Node) -> Tensor:
+        if self._is_weight(argument):
+            return torch.einsum("brpo,bpi->broi", self.h, self.x)
+        return self.h.sum(2)

@@ -1,0 +1,226 @@
+"""Stage: the graph in normal form becomes a chain ``x_{t+1} = f_t(x_t, u_t)``.
+
+One parametrised operator a stage (an affine norm's pair counts as one). Between two of them the
+cut is placed where every live tensor has the batch as dimension 0, then where the fewest elements
+are live, then as late as possible: the paper's ``f_t = sigma_t o g_t``, so that the state is what
+the next layer reads. Where no such place exists the two operators share a stage.
+"""
+
+from __future__ import annotations
+
+import math
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from ddpn_fx.passes import classify
+from ddpn_fx.passes.capture import Captured
+from ddpn_fx.passes.errors import StagingError
+from ddpn_fx.passes.ir import Chain, Kind, Layout, ParamUse, Stage
+from ddpn_fx.passes.provenance import describe
+from ddpn_fx.passes.rules import rule_for
+
+aten = torch.ops.aten
+
+KNOWN_LOSSES = (
+    aten.cross_entropy_loss.default,
+    aten.mse_loss.default,
+    aten.binary_cross_entropy_with_logits.default,
+)
+
+# Operators that only move the elements of one tensor: Grams of gradients pass through them unchanged.
+_MOVES = {
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.reshape.default,
+    aten.view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.flatten.using_ints,
+    aten.movedim.int,
+}
+
+
+def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> Chain:
+    """Cut a captured objective (in normal form) into stages.
+
+    Args:
+        captured: the objective.
+        params: the model's parameters by name; those that require a gradient are controls.
+        buffers: the model's buffers by name.
+
+    Raises:
+        StagingError: no trainable parameter is used, or a use lies where no stage can hold it.
+    """
+    graph = captured.module.graph
+    trainable = {n for n, p in params.items() if p.requires_grad}
+    kind = classify.kinds(captured, trainable)
+    sizes, layouts, mixing = classify.probe(captured, params, buffers, kind)
+    outputs = next(n for n in graph.nodes if n.op == "output").args[0]
+    assert isinstance(outputs, (tuple, list))
+    loss = outputs[captured.loss_index] if captured.loss_index is not None else None
+    marks = [outputs[i] for i in captured.output_indices]
+    flow = classify.data_flow(graph)
+    ends = {loss} if loss is not None else set(marks)
+    needed = ends.union(*(nx.ancestors(flow, n) for n in ends))
+    chain_nodes = [n for n in graph.nodes if kind.get(n) is Kind.CHAIN and n in needed]
+    order = [n for n in graph.nodes if kind.get(n) in (Kind.CHAIN, Kind.NOISE) and n in needed]
+    users = [n for n in chain_nodes if any(kind.get(a) is Kind.PARAMETER for a in n.all_input_nodes)]
+    if not users:
+        raise StagingError("ddpn_fx.compile: no operator of the model uses a trainable parameter; set requires_grad=True on what is to be trained")
+    phi, terminal, loss_node = _terminal(order, users, marks, loss, kind, flow, sizes, layouts)
+    body = [n for n in order if n not in phi]
+    late = [n for n in users if n in phi]
+    if late:
+        raise StagingError(f"ddpn_fx.compile: the loss itself uses trainable parameters, after the model's output: {'; '.join(describe(n) for n in late)}; move them into the model")
+    mixes = mixing if mixing is not None and mixing not in phi else None
+    sources = _parameter_sources(captured, kind, trainable)
+    chain = Chain(captured, kind, [], terminal, [n for n in phi if kind[n] is Kind.CHAIN], loss, loss_node, layouts, sizes, mixes)
+    chain.stages = _cut(body, users, terminal, kind, sizes, layouts, phi)
+    owned: list[str] = []
+    for item in chain.stages:
+        item.uses = tuple(_use(n, kind, sources, sizes) for n in item.nodes if n in set(users))
+        names = list(dict.fromkeys(p for u in item.uses for ps in u.parameters for p in ps))
+        item.controls = tuple(p for p in names if p not in owned)
+        item.tied = tuple(p for p in names if p in owned)
+        owned.extend(item.controls)
+    chain.parameter_names = tuple(owned)
+    return chain
+
+
+def _parameter_sources(captured: Captured, kind: dict[fx.Node, Kind], trainable: set[str]) -> dict[fx.Node, tuple[str, ...]]:
+    """For each parameter-only node the trainable parameters that it depends on."""
+    found: dict[fx.Node, tuple[str, ...]] = {}
+    for node in captured.module.graph.nodes:
+        if kind.get(node) is not Kind.PARAMETER:
+            continue
+        if node.op == "placeholder":
+            found[node] = (captured.params[node.name],)
+        else:
+            found[node] = tuple(dict.fromkeys(p for a in node.all_input_nodes for p in found.get(a, ())))
+    return found
+
+
+def _isometry(node: fx.Node, kind: dict[fx.Node, Kind]) -> bool:
+    while node.op != "placeholder":
+        if node.target not in _MOVES or kind.get(node.args[0]) is not Kind.PARAMETER:  # type: ignore[arg-type]
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    return True
+
+
+def _use(node: fx.Node, kind: dict[fx.Node, Kind], sources: dict[fx.Node, tuple[str, ...]], sizes: dict[fx.Node, tuple[int, ...]]) -> ParamUse:
+    arguments = tuple(a for a in node.all_input_nodes if kind.get(a) is Kind.PARAMETER)
+    return ParamUse(
+        node=node,
+        arguments=arguments,
+        parameters=tuple(sources[a] for a in arguments),
+        isometry=tuple(_isometry(a, kind) for a in arguments),
+        rule=rule_for(node, arguments).name,
+    )
+
+
+def _terminal(
+    order: list[fx.Node],
+    users: list[fx.Node],
+    marks: list[fx.Node],
+    loss: fx.Node | None,
+    kind: dict[fx.Node, Kind],
+    flow: nx.DiGraph,
+    sizes: dict[fx.Node, tuple[int, ...]],
+    layouts: dict[fx.Node, Layout],
+) -> tuple[list[fx.Node], tuple[fx.Node, ...], fx.Node | None]:
+    """The nodes of phi, the nodes of x_T, and the operator of a known loss."""
+    if loss is None:
+        return [], tuple(dict.fromkeys(n for n in marks if kind.get(n) is Kind.CHAIN)), None
+    if kind.get(loss) is not Kind.CHAIN:
+        raise StagingError("ddpn_fx.compile: the loss does not depend on a trainable parameter")
+    if loss.target in KNOWN_LOSSES:
+        source = loss.args[0]
+        chain_inputs = [a for a in loss.all_input_nodes if kind.get(a) in (Kind.CHAIN, Kind.NOISE, Kind.PARAMETER)]
+        layout = layouts.get(source)  # type: ignore[arg-type]
+        if chain_inputs == [source] and layout is not None and layout.dim == 0 and not (set(users) & {loss}):
+            return [loss], (source,), loss  # type: ignore[return-value]
+    ancestors = nx.ancestors(flow, loss)
+    if marks:
+        before = set(marks).union(*(nx.ancestors(flow, m) for m in marks)) | set(users)
+        phi = [n for n in order if n not in before and (n in ancestors or n is loss)]
+    else:
+        last = max(i for i, n in enumerate(order) if n in set(users))
+        places = range(last, len(order) - 1)
+        at = _best(places, order, set(), kind, sizes, layouts)
+        at = len(order) - 2 if at is None else at
+        phi = order[at + 1 :]
+    inside = set(phi)
+    terminal = tuple(dict.fromkeys(a for n in phi for a in n.all_input_nodes if kind.get(a) is Kind.CHAIN and a not in inside))
+    return phi, terminal, None
+
+
+def _live(order: list[fx.Node], at: int, keep: set[fx.Node], kind: dict[fx.Node, Kind]) -> list[fx.Node]:
+    """Chain values that are made up to position ``at`` and needed after it."""
+    done = set(order[: at + 1])
+    return [n for n in order[: at + 1] if kind[n] is Kind.CHAIN and (n in keep or any(u not in done and (kind.get(u) is not None) for u in n.users))]
+
+
+def _best(places: range, order: list[fx.Node], keep: set[fx.Node], kind: dict[fx.Node, Kind], sizes: dict[fx.Node, tuple[int, ...]], layouts: dict[fx.Node, Layout]) -> int | None:
+    """The best cut among positions: batch first everywhere, fewest live elements, latest."""
+    best: tuple[int, int] | None = None
+    for at in places:
+        live = _live(order, at, keep, kind)
+        if not live or any(n not in sizes or layouts.get(n) != Layout(0, 1) for n in live):
+            continue
+        key = (sum(math.prod(sizes[n]) for n in live), -at)
+        if best is None or key < best:
+            best = key
+    return None if best is None else -best[1]
+
+
+def _cut(
+    body: list[fx.Node],
+    users: list[fx.Node],
+    terminal: tuple[fx.Node, ...],
+    kind: dict[fx.Node, Kind],
+    sizes: dict[fx.Node, tuple[int, ...]],
+    layouts: dict[fx.Node, Layout],
+    phi: list[fx.Node],
+) -> list[Stage]:
+    """Place the cuts; returns stages with nodes and states."""
+    position = {n: i for i, n in enumerate(body)}
+    keep = set(terminal)
+    groups: list[list[fx.Node]] = []
+    for node in users:
+        if node not in position:
+            continue
+        tag = node.meta.get("group")
+        if groups and tag is not None and groups[-1][-1].meta.get("group") == tag:
+            groups[-1].append(node)
+        else:
+            groups.append([node])
+    stages: list[Stage] = []
+    start, state = 0, ()
+    pending = 0
+    for this, following in zip(groups, [*groups[1:], None], strict=True):
+        pending += 1
+        if following is None:
+            end = len(body) - 1
+            out: tuple[fx.Node, ...] = terminal
+            why = "the end: x_T"
+        else:
+            first = min(position[n] for n in following)
+            at = _best(range(max(position[n] for n in this), first), body, keep, kind, sizes, layouts)
+            if at is None:
+                continue
+            end, out = at, tuple(_live(body, at, keep, kind))
+            why = f"{len(out)} live tensor{'s' * (len(out) > 1)}, the fewest elements before {describe(following[0])}"
+        if pending > 1:
+            why += f"; holds {pending} parametrised operators, since between them no place has every live tensor batch-first"
+        stages.append(Stage(len(stages), body[start : end + 1], state, out, cut=why))
+        start, state, pending = end + 1, out, 0
+    return stages

@@ -1,0 +1,87 @@
+"""The written specification of the IR, as a check that runs: :func:`verify`.
+
+The invariants of a chain:
+
+1. every chain node before phi lies in exactly one stage, and in graph order;
+2. a stage reads only its own nodes, its state, parameters, context and noise;
+3. states chain: the state a stage reads is the state the stage before it leaves; the first reads data
+   alone; the last leaves x_T;
+4. every state tensor has the batch, and nothing else, as dimension 0 (x_T may have several rows a sample);
+5. every use of a trainable parameter by a chain node is one :class:`ParamUse` of its stage, with
+   all of its parameter arguments; controls partition the used parameters, in order of first use;
+6. phi reads x_T, context and noise alone.
+"""
+
+from __future__ import annotations
+
+from ddpn_fx.passes.errors import StagingError
+from ddpn_fx.passes.ir import Chain, Kind, Layout
+from ddpn_fx.passes.provenance import describe
+
+
+def verify(chain: Chain) -> Chain:
+    """Check the invariants; returns the chain.
+
+    Raises:
+        StagingError: listing every violation, each with module path and source line.
+    """
+    faults: list[str] = []
+    placed: dict[object, int] = {}
+    made_noise: set[object] = set()
+    for stage in chain.stages:
+        inside = set(stage.nodes)
+        for node in stage.nodes:
+            if node in placed:
+                faults.append(f"{describe(node)} lies in stages {placed[node]} and {stage.index}")
+            placed[node] = stage.index
+            for a in node.all_input_nodes:
+                kind = chain.kinds[a]
+                if kind is Kind.CHAIN and a not in inside and a not in stage.state_in:
+                    faults.append(f"stage {stage.index}: {describe(node)} reads {describe(a)}, which is not in its state")
+                if kind is Kind.NOISE and a not in inside and a not in made_noise:
+                    faults.append(f"stage {stage.index}: {describe(node)} reads noise that is drawn later")
+        made_noise |= {n for n in stage.nodes if chain.kinds[n] is Kind.NOISE}
+    for before, after in zip(chain.stages, chain.stages[1:], strict=False):
+        if before.state_out != after.state_in:
+            faults.append(f"stage {after.index} reads another state than stage {before.index} leaves")
+        for node in after.state_in:
+            if chain.layouts.get(node) != Layout(0, 1):
+                faults.append(f"state of stage {after.index}: {describe(node)} has no batch dimension 0")
+    if chain.stages[0].state_in:
+        faults.append("the first stage reads a state: x_0 is data")
+    if chain.stages[-1].state_out != chain.terminal:
+        faults.append("the last stage does not leave x_T")
+    faults += uncovered(chain)
+    phi = set(chain.phi)
+    for node in chain.phi:
+        for a in node.all_input_nodes:
+            if chain.kinds[a] is Kind.CHAIN and a not in phi and a not in chain.terminal:
+                faults.append(f"phi: {describe(node)} reads {describe(a)}, which is not in x_T")
+    owned = [p for s in chain.stages for p in s.controls]
+    if len(owned) != len(set(owned)):
+        faults.append("a parameter is the control of two stages")
+    if faults:
+        raise StagingError("the chain is not well formed:\n" + "\n".join(f"- {f}" for f in faults))
+    return chain
+
+
+def uncovered(chain: Chain) -> list[str]:
+    """Every use of a trainable parameter that no stage's rule covers, with its place in the model."""
+    covered = {(u.node, a) for s in chain.stages for u in s.uses for a in u.arguments}
+    dead = _dead(chain)
+    return [
+        f"parameter use not covered: {describe(node)} uses {describe(a)}"
+        for node in chain.graph.nodes
+        if chain.kinds.get(node) is Kind.CHAIN and node not in dead
+        for a in node.all_input_nodes
+        if chain.kinds.get(a) is Kind.PARAMETER and (node, a) not in covered
+    ]
+
+
+def _dead(chain: Chain) -> set[object]:
+    """Chain nodes that neither the loss nor x_T needs."""
+    needed: set[object] = set()
+    for node in reversed(list(chain.graph.nodes)):
+        if node is chain.loss or node in chain.terminal or any(u in needed for u in node.users):
+            needed.add(node)
+    return {n for n in chain.graph.nodes if n not in needed}
