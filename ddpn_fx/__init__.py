@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddpn_fx.module import compile  # noqa: A004 - the name of torch.compile
+    from ddpn_fx.module import compile
     from ddpn_fx.optimizer import DDPNOpt
     from ddpn_fx.passes.errors import CaptureError, LossError, StagingError
 
@@ -52,7 +52,9 @@ def export(net_or_opt: Any, folder: Any) -> list[Any]:
 
     net = net_or_opt.net if isinstance(net_or_opt, DDPNOpt) else net_or_opt
     if not isinstance(net, CompiledModule):
-        raise TypeError(f"ddpn_fx.export: give what ddpn_fx.compile returned or a DDPNOpt, not a {type(net_or_opt).__name__}")
+        raise TypeError(
+            f"ddpn_fx.export: give what ddpn_fx.compile returned or a DDPNOpt, not a {type(net_or_opt).__name__}"
+        )
     chain = net.chain
     found = graphs_with_inputs(net)
     return write_graphs(

@@ -33,7 +33,8 @@ def graphs_with_inputs(net: CompiledModule) -> dict[str, tuple[fx.GraphModule, l
         params, buffers, batch, vector, state = lowered.signature.unflatten(flat, lowered.program)
         for name, pair in parts(lowered.program, params, buffers, batch, vector, state).items():
             found[name + suffix] = pair
-        found["step" + suffix] = (lowered.module, flat)
+        if lowered.module is not None:
+            found["step" + suffix] = (lowered.module, flat)
     return found
 
 
@@ -43,7 +44,10 @@ def _inputs(net: CompiledModule, lowered: Any, leaves: list[Any]) -> list[Tensor
     buffers = {n: b.detach().clone() for n, b in net.named_buffers(remove_duplicate=False)}
     optimizer = net._optimizer
     vector = optimizer._hyper_vector(lowered).clone()
-    state = {n: t.detach().clone() for n, t in optimizer._state_tensors(lowered, dict(net.named_parameters(remove_duplicate=False))).items()}
+    state = {
+        n: t.detach().clone()
+        for n, t in optimizer._state_tensors(lowered, dict(net.named_parameters(remove_duplicate=False))).items()
+    }
     return lowered.signature.flatten(params, buffers, leaves, vector, state)
 
 

@@ -22,7 +22,7 @@ _PREFIXES = ("_orig_mod.", "module.")
 _OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_optimizer")
 
 
-def compile(  # noqa: A001 - the name of torch.compile
+def compile(
     model: nn.Module,
     *,
     loss: Callable[..., Tensor] | None = None,
@@ -44,7 +44,8 @@ def compile(  # noqa: A001 - the name of torch.compile
         mode: as ``torch.compile``'s.
         dynamic: as ``torch.compile``'s, for the module's own forward pass. Training steps are
             compiled once per batch shape.
-        disable: run everything eagerly.
+        disable: compile and trace nothing: steps run as ordinary eager code, for debugging. The
+            generated graphs of a step do not exist then.
         **compile_kwargs: further arguments of ``torch.compile``, such as ``options``.
 
     Returns:
@@ -60,10 +61,20 @@ def compile(  # noqa: A001 - the name of torch.compile
     if not isinstance(model, nn.Module):
         raise TypeError(f"ddpn_fx.compile: model must be an nn.Module, not {type(model).__name__}")
     if loss is not None and not callable(loss):
-        raise TypeError(f"ddpn_fx.compile: loss must be a callable (output, target) -> scalar, not {type(loss).__name__}; for instance loss=torch.nn.functional.cross_entropy")
+        raise TypeError(
+            f"ddpn_fx.compile: loss must be a callable (output, target) -> scalar, not {type(loss).__name__}; for instance loss=torch.nn.functional.cross_entropy"
+        )
     if not disable and isinstance(backend, str) and backend not in torch._dynamo.list_backends(exclude_tags=()):
-        raise ValueError(f"ddpn_fx.compile: backend={backend!r} is not known to torch.compile; choose one of {torch._dynamo.list_backends()}, or 'eager'")
-    options = {"loss": loss, "backend": "eager" if disable else backend, "mode": mode, "dynamic": dynamic, "compile_kwargs": compile_kwargs}
+        raise ValueError(
+            f"ddpn_fx.compile: backend={backend!r} is not known to torch.compile; choose one of {torch._dynamo.list_backends()}, or 'eager'"
+        )
+    options = {
+        "loss": loss,
+        "backend": None if disable else backend,
+        "mode": mode,
+        "dynamic": dynamic,
+        "compile_kwargs": compile_kwargs,
+    }
     net = CompiledModule(model, options)
     if example_inputs is not None:
         net.capture(example_inputs)
@@ -93,7 +104,9 @@ class CompiledModule(nn.Module):
             RuntimeError: nothing was captured yet.
         """
         if not self._chains:
-            raise RuntimeError("net.chain: nothing is captured yet; run one train_step, or pass example_inputs= to ddpn_fx.compile")
+            raise RuntimeError(
+                "net.chain: nothing is captured yet; run one train_step, or pass example_inputs= to ddpn_fx.compile"
+            )
         return list(self._chains.values())[-1]
 
     @property
@@ -131,10 +144,16 @@ class CompiledModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass, compiled by the same backend."""
         options = self._options
-        if options["backend"] == "eager":
+        if options["backend"] in (None, "eager"):
             return self._original(*args, **kwargs)
         if self._forward is None:
-            self._forward = torch.compile(self._original, backend=options["backend"], mode=options["mode"], dynamic=options["dynamic"], **options["compile_kwargs"])
+            self._forward = torch.compile(
+                self._original,
+                backend=options["backend"],
+                mode=options["mode"],
+                dynamic=options["dynamic"],
+                **options["compile_kwargs"],
+            )
         return self._forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> CompiledModule:
@@ -150,7 +169,9 @@ class CompiledModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a ``state_dict``; keys prefixed by ``_orig_mod.`` or ``module.`` are accepted."""
         known = set(self._original.state_dict())
-        return self._original.load_state_dict({_strip(k, known): v for k, v in state_dict.items()}, strict=strict, assign=assign)
+        return self._original.load_state_dict(
+            {_strip(k, known): v for k, v in state_dict.items()}, strict=strict, assign=assign
+        )
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The module's parameters under its own names."""

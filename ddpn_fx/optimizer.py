@@ -83,11 +83,15 @@ class DDPNOpt(Optimizer):
         tikhonov: float = 0.0,
     ) -> None:
         if not isinstance(net, CompiledModule):
-            raise TypeError(f"DDPNOpt: net must come from ddpn_fx.compile(model, loss=...), not be a {type(net).__name__}")
+            raise TypeError(
+                f"DDPNOpt: net must come from ddpn_fx.compile(model, loss=...), not be a {type(net).__name__}"
+            )
         _one_of("preconditioner", preconditioner, ("identity",), _LATER["preconditioner"])
         _one_of("quu", quu, ("gauss-newton", "preconditioner"))
         _one_of("rollout", rollout, ("linear", "nonlinear"))
-        if isinstance(coupling, bool) or (coupling not in ("batch", "sample") and not (isinstance(coupling, int) and coupling >= 1)):
+        if isinstance(coupling, bool) or (
+            coupling not in ("batch", "sample") and not (isinstance(coupling, int) and coupling >= 1)
+        ):
             raise ValueError(f"DDPNOpt: coupling={coupling!r} must be 'batch', 'sample' or a positive group size")
         for name, flag in (("feedback", feedback), ("decoupled", decoupled)):
             if not isinstance(flag, bool):
@@ -118,7 +122,9 @@ class DDPNOpt(Optimizer):
         if params is None:
             found = [p for p in net.parameters() if p.requires_grad]
             if not found:
-                raise ValueError("DDPNOpt: the model has no parameter with requires_grad=True, so there is nothing to train")
+                raise ValueError(
+                    "DDPNOpt: the model has no parameter with requires_grad=True, so there is nothing to train"
+                )
             return found
         if isinstance(params, Tensor):
             raise TypeError("DDPNOpt: params must be an iterable of parameters or of group dicts, not a tensor")
@@ -130,14 +136,18 @@ class DDPNOpt(Optimizer):
             if isinstance(group, Mapping):
                 unknown = set(group) - {"params", *_GROUP_KEYS, "initial_lr", "name"}
                 if unknown:
-                    raise ValueError(f"DDPNOpt: a parameter group has the unknown option {sorted(unknown)[0]!r}; groups take {', '.join(_GROUP_KEYS)}")
+                    raise ValueError(
+                        f"DDPNOpt: a parameter group has the unknown option {sorted(unknown)[0]!r}; groups take {', '.join(_GROUP_KEYS)}"
+                    )
                 members = group["params"]
             else:
                 members = group
             for p in [members] if isinstance(members, Tensor) else list(members):
                 tensor = p[1] if isinstance(p, tuple) else p
                 if id(tensor) not in known:
-                    raise ValueError(f"DDPNOpt: a parameter of shape {tuple(tensor.shape)} in params is not a parameter of the compiled model")
+                    raise ValueError(
+                        f"DDPNOpt: a parameter of shape {tuple(tensor.shape)} in params is not a parameter of the compiled model"
+                    )
         return groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -172,9 +182,13 @@ class DDPNOpt(Optimizer):
         """
         loss = self.net._options["loss"]
         if loss is None and target is not None:
-            raise TypeError("DDPNOpt.train_step: a target was given, but ddpn_fx.compile had loss=None: the model returns its own loss. Pass loss= to ddpn_fx.compile, or call train_step(inputs)")
+            raise TypeError(
+                "DDPNOpt.train_step: a target was given, but ddpn_fx.compile had loss=None: the model returns its own loss. Pass loss= to ddpn_fx.compile, or call train_step(inputs)"
+            )
         if loss is not None and target is None:
-            raise TypeError("DDPNOpt.train_step: the loss needs a target: train_step(inputs, target). For a model that returns its own loss use ddpn_fx.compile(model, loss=None)")
+            raise TypeError(
+                "DDPNOpt.train_step: the loss needs a target: train_step(inputs, target). For a model that returns its own loss use ddpn_fx.compile(model, loss=None)"
+            )
         args, kwargs = split_inputs(inputs)
         targets = () if loss is None else (target,)
         leaves = pytree.tree_leaves((args, kwargs, targets))
@@ -186,7 +200,9 @@ class DDPNOpt(Optimizer):
         vector = self._hyper_vector(lowered)
         state = self._state_tensors(lowered, params)
         with torch.no_grad():
-            flat = lowered.signature.flatten({n: params[n].detach() for n in lowered.signature.params}, buffers, leaves, vector, state)
+            flat = lowered.signature.flatten(
+                {n: params[n].detach() for n in lowered.signature.params}, buffers, leaves, vector, state
+            )
             (values,) = lowered.run(*flat)
         self.stats = dict(zip(STATISTICS, values.unbind(), strict=True))
         self._opt_called = True  # torch's schedulers look for a step before theirs
@@ -245,26 +261,42 @@ class DDPNOpt(Optimizer):
         probe = _Names(program, mode)
         state = self._make_state(probe, params)
         vector = self._new_vector(next(iter(detached.values())))
-        lowered = lower(program, detached, buffers, leaves, vector, state, backend=options["backend"], compile_kwargs=kwargs_of_compile)
+        lowered = lower(
+            program,
+            detached,
+            buffers,
+            leaves,
+            vector,
+            state,
+            backend=options["backend"],
+            compile_kwargs=kwargs_of_compile,
+        )
         self._programs[key] = lowered
         net._lowered[len(net._lowered)] = (lowered, [t.detach() if isinstance(t, Tensor) else t for t in leaves])
         return lowered
 
     def _key(self, leaves: list[Any], args: Any, kwargs: Any, targets: Any) -> Any:
         _, spec = pytree.tree_flatten((args, kwargs, targets))
-        shapes = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t).__name__, repr(t)) for t in leaves)
+        shapes = tuple(
+            (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t).__name__, repr(t)) for t in leaves
+        )
         return str(spec), shapes, self.net._signature(), self._structure()
 
     def _structure(self) -> Any:
         """The parts of the mode that can change between steps."""
         folds = self._fold_allowed and self.trust is None and float(self.gain) == 1.0
-        groups = tuple((bool(float(g["weight_decay"])), bool(float(g["momentum"])), tuple(id(p) for p in g["params"])) for g in self.param_groups)
+        groups = tuple(
+            (bool(float(g["weight_decay"])), bool(float(g["momentum"])), tuple(id(p) for p in g["params"]))
+            for g in self.param_groups
+        )
         return folds, self.trust is None, groups
 
     def _mode(self, chain: Chain) -> Mode:
         folds, no_trust, _ = self._structure()
         names = {id(p): n for n, p in reversed(list(self.net.named_parameters(remove_duplicate=False)))}
-        group = tuple((names[id(p)], i) for i, g in enumerate(self.param_groups) for p in g["params"] if p.requires_grad)
+        group = tuple(
+            (names[id(p)], i) for i, g in enumerate(self.param_groups) for p in g["params"] if p.requires_grad
+        )
         return Mode(
             terminal=self._factor,
             coupling=self.coupling,
@@ -288,7 +320,9 @@ class DDPNOpt(Optimizer):
         for group in self.param_groups:
             for key in _GROUP_KEYS:
                 _check_number(key, group[key])
-        return Hyper.pack(float(self.gain), float("inf") if self.trust is None else float(self.trust), self.beta1, self.param_groups)
+        return Hyper.pack(
+            float(self.gain), float("inf") if self.trust is None else float(self.trust), self.beta1, self.param_groups
+        )
 
     def _hyper_vector(self, lowered: Lowered) -> Tensor:
         """The numbers of the step on the device, sent anew only when one has changed."""
@@ -309,12 +343,16 @@ class DDPNOpt(Optimizer):
         if names.step:
             if self._step_count is None:
                 first = next(iter(params.values()))
-                self._step_count = torch.zeros((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32, device=first.device)
+                self._step_count = torch.zeros(
+                    (), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32, device=first.device
+                )
             found["step"] = self._step_count
         return found
 
     def _state_tensors(self, lowered: Lowered, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        return self._make_state(_Names(lowered.program, lowered.program.mode), params) if lowered.signature.state else {}
+        return (
+            self._make_state(_Names(lowered.program, lowered.program.mode), params) if lowered.signature.state else {}
+        )
 
     # -- persistence -------------------------------------------------------------------------------
 
@@ -334,7 +372,20 @@ class DDPNOpt(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
-        keep = ("net", "coupling", "quu", "rollout", "feedback", "decoupled", "beta1", "gain", "trust", "_factor", "_step_count", "_fold_allowed")
+        keep = (
+            "net",
+            "coupling",
+            "quu",
+            "rollout",
+            "feedback",
+            "decoupled",
+            "beta1",
+            "gain",
+            "trust",
+            "_factor",
+            "_step_count",
+            "_fold_allowed",
+        )
         return {**state, **{k: self.__dict__[k] for k in keep}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -369,7 +420,9 @@ def _check_batch(args: Any, kwargs: Any, targets: Any) -> int:
     """B, after checking that the batch is not empty and that the target has its length."""
     leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
     if not leaves:
-        raise ValueError("DDPNOpt.train_step: inputs holds no tensor with a batch dimension; pass a tensor, a tuple or a dict of tensors")
+        raise ValueError(
+            "DDPNOpt.train_step: inputs holds no tensor with a batch dimension; pass a tensor, a tuple or a dict of tensors"
+        )
     batch = leaves[0].shape[0]
     if batch == 0:
         raise ValueError("DDPNOpt.train_step: the batch is empty (dimension 0 of the inputs is 0)")

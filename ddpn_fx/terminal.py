@@ -37,15 +37,21 @@ def make(name: str, *, rank: int | None, curvature: float | None, loss_floor: fl
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(f"DDPNOpt: rank={rank!r} must be a positive integer, or None for all columns")
     if name in ("residual", "gradient") and rank != 1:
-        raise ValueError(f"DDPNOpt: terminal={name!r} has one column, so rank={rank!r} has no meaning there; leave rank=1 or take terminal='bound'")
+        raise ValueError(
+            f"DDPNOpt: terminal={name!r} has one column, so rank={rank!r} has no meaning there; leave rank=1 or take terminal='bound'"
+        )
     if name == "exact" and rank not in (None, 1):
-        raise ValueError(f"DDPNOpt: terminal='exact' always has all columns, so rank={rank!r} has no meaning there; leave rank out or take terminal='bound'")
+        raise ValueError(
+            f"DDPNOpt: terminal='exact' always has all columns, so rank={rank!r} has no meaning there; leave rank out or take terminal='bound'"
+        )
     if name == "sampled" and rank is None:
         raise ValueError("DDPNOpt: terminal='sampled' draws `rank` columns: give a positive integer")
     if curvature is not None and name != "bound":
         raise ValueError(f"DDPNOpt: curvature= is the bound of terminal='bound'; terminal={name!r} does not use it")
     if curvature is not None and not curvature > 0:
-        raise ValueError(f"DDPNOpt: curvature={curvature!r} must be positive (an upper bound of the loss's Hessian in x_T)")
+        raise ValueError(
+            f"DDPNOpt: curvature={curvature!r} must be positive (an upper bound of the loss's Hessian in x_T)"
+        )
     if loss_floor != 0.0 and name != "residual":
         raise ValueError(f"DDPNOpt: loss_floor= is used by terminal='residual' alone, not by {name!r}")
     if name == "bound":
@@ -92,11 +98,18 @@ class Bound:
 
     needs_single_samples = True
 
+    @property
+    def single_column(self) -> bool:
+        """Whether the rank is 1."""
+        return self.rank == 1
+
     def factors(self, phi: Phi) -> Factors:
         """Columns along the gradient, and random or complete ones beside it."""
         majorant, fault = self._majorant(phi), _mixing_fault(phi)
         positive = majorant > 0
-        inverse = torch.where(positive, 1.0 / torch.where(positive, majorant, torch.ones_like(majorant)), torch.zeros_like(majorant))
+        inverse = torch.where(
+            positive, 1.0 / torch.where(positive, majorant, torch.ones_like(majorant)), torch.zeros_like(majorant)
+        )
         whitened = phi.gradient * inverse.sqrt()
         s = _norm(whitened)
         if self.rank == 1:
@@ -106,9 +119,13 @@ class Bound:
             columns = majorant.sqrt()[:, None] * basis
             beta = torch.einsum("brd,bd->br", basis.expand(len(s), -1, -1), whitened)
             return Factors(columns, beta, torch.ones_like(beta), fault=fault)
-        dimension = int(phi.x[0].numel()) if phi.classes is None else phi.classes[0] * (phi.classes[1] - 1) * phi.classes[2]
+        dimension = (
+            int(phi.x[0].numel()) if phi.classes is None else phi.classes[0] * (phi.classes[1] - 1) * phi.classes[2]
+        )
         if self.rank > dimension:
-            raise LossError(f"DDPNOpt: rank={self.rank} exceeds the {dimension} directions of the loss's curvature; take rank=None for all of them")
+            raise LossError(
+                f"DDPNOpt: rank={self.rank} exceeds the {dimension} directions of the loss's curvature; take rank=None for all of them"
+            )
         return self._random(phi, majorant, positive, whitened, s, fault)
 
     def _majorant(self, phi: Phi) -> Tensor:
@@ -122,7 +139,9 @@ class Bound:
             return torch.full_like(phi.x, self.curvature)
         return phi.curvature * {"cross_entropy": 0.5, "mse": 1.0, "bce": 0.25}[phi.kind]
 
-    def _random(self, phi: Phi, majorant: Tensor, positive: Tensor, whitened: Tensor, s: Tensor, fault: Tensor | None) -> Factors:
+    def _random(
+        self, phi: Phi, majorant: Tensor, positive: Tensor, whitened: Tensor, s: Tensor, fault: Tensor | None
+    ) -> Factors:
         """k - 1 random orthonormal directions of A's range beside the gradient's, scaled to E[S S^T] = A."""
         assert self.rank is not None
         extra = self.rank - 1
@@ -164,7 +183,9 @@ def _basis(phi: Phi) -> Tensor:
         helmert[c - 1, :c] = 1.0
         helmert[c - 1, c] = -float(c)
         helmert[c - 1] /= (c * (c + 1)) ** 0.5
-    basis = torch.einsum("ab,rc,de->ardbce", torch.eye(outer, dtype=torch.float64), helmert, torch.eye(inner, dtype=torch.float64))
+    basis = torch.einsum(
+        "ab,rc,de->ardbce", torch.eye(outer, dtype=torch.float64), helmert, torch.eye(inner, dtype=torch.float64)
+    )
     return basis.reshape(outer * (classes - 1) * inner, outer * classes * inner).to(**options)
 
 
@@ -179,6 +200,7 @@ class Residual:
     floor: float
 
     needs_single_samples = True
+    single_column = True
 
     def factors(self, phi: Phi) -> Factors:
         """One column; a loss below its floor is a fault."""
@@ -194,6 +216,7 @@ class Gradient:
     """``"gradient"``: s = 1, the paper's example ``z = grad phi`` (Prop. 4). Works for every loss."""
 
     needs_single_samples = False
+    single_column = True
 
     def factors(self, phi: Phi) -> Factors:
         """One column, g itself."""
@@ -208,6 +231,7 @@ class Exact:
     """
 
     needs_single_samples = True
+    single_column = False
 
     def factors(self, phi: Phi) -> Factors:
         """D columns (J C for cross entropy)."""
@@ -261,11 +285,14 @@ class Sampled:
     rank: int
 
     needs_single_samples = True
+    single_column = False
 
     def factors(self, phi: Phi) -> Factors:
         """rank + 1 columns."""
         if phi.curvature is None:
-            raise LossError("DDPNOpt: terminal='sampled' draws labels from cross_entropy, mse_loss and binary_cross_entropy_with_logits alone; for this loss take terminal='residual'")
+            raise LossError(
+                "DDPNOpt: terminal='sampled' draws labels from cross_entropy, mse_loss and binary_cross_entropy_with_logits alone; for this loss take terminal='residual'"
+            )
         root = phi.curvature.sqrt()
         options: dict[str, Any] = {"dtype": phi.x.dtype, "device": phi.x.device}
         batch, width = phi.x.shape
@@ -285,4 +312,8 @@ class Sampled:
         columns = columns * root[:, None] / self.rank**0.5
         zero = torch.zeros(batch, self.rank, **options)
         one = torch.ones(batch, 1, **options)
-        return Factors(torch.cat([columns, phi.gradient[:, None]], 1), torch.cat([zero, one], 1), torch.cat([torch.ones_like(zero), torch.zeros_like(one)], 1))
+        return Factors(
+            torch.cat([columns, phi.gradient[:, None]], 1),
+            torch.cat([zero, one], 1),
+            torch.cat([torch.ones_like(zero), torch.zeros_like(one)], 1),
+        )

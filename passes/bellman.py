@@ -90,7 +90,9 @@ def factorize(total: Tensor, root: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(matrix)[0]
 
 
-def folded(grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal) -> tuple[Tensor, Tensor, Tensor]:
+def folded(
+    grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal
+) -> tuple[Tensor, Tensor, Tensor]:
     """The one omega of all stages: Gauss-Newton, linear rollout, gain 1, no trust clip (DESIGN 2.2).
 
     Args:
@@ -123,7 +125,9 @@ def gauss_newton(grams: Sequence[Tensor], decay: Sequence[Tensor | None], termin
     return policies[::-1]
 
 
-def preconditioner(grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal) -> tuple[list[Policy], Tensor]:
+def preconditioner(
+    grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal
+) -> tuple[list[Policy], Tensor]:
     """Policies of every stage, by the preconditioner row, and the number of clamped eigenvalues."""
     policies: list[Policy] = []
     b = terminal.b

@@ -59,7 +59,9 @@ class Objective(nn.Module):
         loss = self.criterion(output, *target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise CaptureError(f"ddpn_fx.compile: the loss must return a scalar tensor, but returned {shape}; use reduction='mean' or 'sum'")
+            raise CaptureError(
+                f"ddpn_fx.compile: the loss must return a scalar tensor, but returned {shape}; use reduction='mean' or 'sum'"
+            )
         return (loss, *leaves)
 
 
@@ -99,10 +101,20 @@ def batch_size(leaves: list[Any]) -> int:
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]
-    raise ValueError("ddpn_fx: the batch holds no tensor with a batch dimension; pass `inputs` as a tensor, tuple or dict")
+    raise ValueError(
+        "ddpn_fx: the batch holds no tensor with a batch dimension; pass `inputs` as a tensor, tuple or dict"
+    )
 
 
-def capture(model: nn.Module, loss: Callable[..., Tensor] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: tuple[Any, ...], *, module_loss: bool) -> Captured:
+def capture(
+    model: nn.Module,
+    loss: Callable[..., Tensor] | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    target: tuple[Any, ...],
+    *,
+    module_loss: bool,
+) -> Captured:
     """Capture ``loss(model(*args, **kwargs), *target)`` in the model's present mode.
 
     Args:
@@ -127,10 +139,16 @@ def capture(model: nn.Module, loss: Callable[..., Tensor] | None, args: tuple[An
     example = [t.detach()[index.to(t.device)] if b else t for t, b in zip(leaves, batched, strict=True)]
     objective = Objective(model, loss, module_loss)
     with_loss = module_loss or (loss is not None and bool(target))
-    shapes = pytree.tree_unflatten([({0: Dim.DYNAMIC} if b else ({} if isinstance(t, Tensor) else None)) for t, b in zip(example, batched, strict=True)], spec)
+    shapes = pytree.tree_unflatten(
+        [
+            ({0: Dim.DYNAMIC} if b else ({} if isinstance(t, Tensor) else None))
+            for t, b in zip(example, batched, strict=True)
+        ],
+        spec,
+    )
     with borrowed(model):
         program = _export(objective, pytree.tree_unflatten(example, spec), shapes)
-        captured = _signature(program, example, traced, batched, with_loss)
+        captured = _signature(model, program, example, traced, batched, with_loss)
         _self_check(objective, captured, spec)
     return captured
 
@@ -165,11 +183,17 @@ def _export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> t
     except Exception as error:
         text = str(error)
         hint = ""
-        if "data-dependent" in text.lower() or "guard on data" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
+        if (
+            "data-dependent" in text.lower()
+            or "guard on data" in text.lower()
+            or "GuardOnDataDependent" in type(error).__name__
+        ):
             hint = " A branch depends on the data: replace the Python `if` by torch.where or torch.cond."
         elif "Constraints violated" in text or "specialized" in text.lower():
             hint = " The model does not take every batch size: a size of the batch is fixed somewhere in it."
-        raise CaptureError(f"ddpn_fx.compile: torch.export could not capture {type(objective.model).__name__}.{hint}\n{_user_frame(error)}{text}") from error
+        raise CaptureError(
+            f"ddpn_fx.compile: torch.export could not capture {type(objective.model).__name__}.{hint}\n{_user_frame(error)}{text}"
+        ) from error
 
 
 def _user_frame(error: BaseException) -> str:
@@ -179,23 +203,38 @@ def _user_frame(error: BaseException) -> str:
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
         if "/torch/" not in name and "/passes/" not in name and "/ddpn_fx/" not in name and not name.startswith("<"):
-            frame = f'  at {name}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}\n'
+            frame = f"  at {name}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}\n"
         trace = trace.tb_next
     return frame
 
 
-def _signature(program: torch.export.ExportedProgram, example: list[Any], batch: int, batched: list[bool], with_loss: bool) -> Captured:
+def _signature(
+    model: nn.Module,
+    program: torch.export.ExportedProgram,
+    example: list[Any],
+    batch: int,
+    batched: list[bool],
+    with_loss: bool,
+) -> Captured:
     signature = program.graph_signature
 
+    first: dict[int, str] = {}
+    canonical: dict[str, str] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        canonical[name] = first.setdefault(id(tensor), name)
+
     def user(name: str) -> str:
-        return name.removeprefix("model.")
+        name = name.removeprefix("model.")
+        return canonical.get(name, name)
 
     constants = {**signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_lifted_custom_objs}
     specs = list(signature.output_specs)
     mutations = {user(s.target): i for i, s in enumerate(specs) if s.kind.name == "BUFFER_MUTATION" and s.target}
     unsupported = [s for s in specs if s.kind.name == "USER_INPUT_MUTATION"]
     if unsupported:
-        raise CaptureError(f"ddpn_fx.compile: the model writes into its input {unsupported[0].target!r}; clone it first (`x = x.clone()`)")
+        raise CaptureError(
+            f"ddpn_fx.compile: the model writes into its input {unsupported[0].target!r}; clone it first (`x = x.clone()`)"
+        )
     outputs = [i for i, s in enumerate(specs) if s.kind.name == "USER_OUTPUT"]
     names = [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT"]
     buffers = {k: user(v) for k, v in signature.inputs_to_buffers.items() if v.startswith("model.")}
@@ -219,7 +258,9 @@ def _signature(program: torch.export.ExportedProgram, example: list[Any], batch:
     )
 
 
-def placeholder_values(captured: Captured, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: list[Any]) -> dict[str, Any]:
+def placeholder_values(
+    captured: Captured, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: list[Any]
+) -> dict[str, Any]:
     """Values of the graph's placeholders by name."""
     values: dict[str, Any] = {k: params[v] for k, v in captured.params.items()}
     values |= {k: buffers[v] for k, v in captured.buffers.items()}
@@ -237,7 +278,11 @@ def _self_check(objective: Objective, captured: Captured, spec: Any) -> None:
     seed = torch.initial_seed()
 
     def weigh(outputs: list[Tensor]) -> Tensor:
-        terms = [(t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape)).sum() for t in outputs if t.requires_grad]
+        terms = [
+            (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).view(t.shape)).sum()
+            for t in outputs
+            if t.requires_grad
+        ]
         return torch.stack([t.double() for t in terms]).sum()
 
     trainable = {n: p for n, p in params.items() if p.requires_grad}
@@ -253,11 +298,15 @@ def _self_check(objective: Objective, captured: Captured, spec: Any) -> None:
     values = placeholder_values(captured, params, state, captured.example)
     with torch.enable_grad():
         flat = _run(captured.module, values)
-        got = [flat[i] for i in ([] if captured.loss_index is None else [captured.loss_index]) + captured.output_indices]
+        got = [
+            flat[i] for i in ([] if captured.loss_index is None else [captured.loss_index]) + captured.output_indices
+        ]
         actual = torch.autograd.grad(weigh(got), list(trainable.values()), allow_unused=True)
     for want, have in zip(eager, got, strict=False):
         if not _close(want, have):
-            raise CaptureError(f"ddpn_fx.compile: the captured graph of {type(model).__name__} computes another output than the model (largest difference {_gap(want, have):.3g}); please report the model")
+            raise CaptureError(
+                f"ddpn_fx.compile: the captured graph of {type(model).__name__} computes another output than the model (largest difference {_gap(want, have):.3g}); please report the model"
+            )
     wrong = [n for n, a, b in zip(trainable, expected, actual, strict=True) if not _close(a, b)]
     if wrong:
         raise CaptureError(
@@ -266,7 +315,9 @@ def _self_check(objective: Objective, captured: Captured, spec: Any) -> None:
         )
     for name, index in captured.mutations.items():
         if not _close(after[name], flat[index]):
-            raise CaptureError(f"ddpn_fx.compile: the captured graph updates buffer {name!r} to another value than the model does")
+            raise CaptureError(
+                f"ddpn_fx.compile: the captured graph updates buffer {name!r} to another value than the model does"
+            )
 
 
 def _run(module: fx.GraphModule, values: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -286,4 +337,6 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
         return False
     eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
     scale = float(a.detach().abs().max()) if a.numel() else 0.0
-    return bool(torch.allclose(a.detach(), b.detach(), rtol=1e3 * eps, atol=1e3 * eps * max(scale, 1.0) + 1e-12, equal_nan=True))
+    return bool(
+        torch.allclose(a.detach(), b.detach(), rtol=1e3 * eps, atol=1e3 * eps * max(scale, 1.0) + 1e-12, equal_nan=True)
+    )

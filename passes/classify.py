@@ -100,25 +100,38 @@ def layouts(captured: Captured, sizes: dict[fx.Node, Any]) -> dict[fx.Node, Layo
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or node not in sizes:
             continue
-        dims = [d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols]
+        dims = [
+            d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols
+        ]
         if len(dims) == 1 and sizes[node][dims[0]] % captured.batch == 0:
             found[node] = Layout(dims[0], sizes[node][dims[0]] // captured.batch)
     return found
 
 
-def evaluate(captured: Captured, values: dict[str, Any], noise: dict[fx.Node, Any] | None = None, kind: dict[fx.Node, Kind] | None = None) -> dict[fx.Node, Any]:
+def evaluate(
+    captured: Captured,
+    values: dict[str, Any],
+    noise: dict[fx.Node, Any] | None = None,
+    kind: dict[fx.Node, Kind] | None = None,
+) -> dict[fx.Node, Any]:
     """Every node's value; with ``noise``, noise nodes take the values given there."""
     env: dict[fx.Node, Any] = {}
     for node in captured.module.graph.nodes:
         if node.op == "placeholder":
             env[node] = values[node.name]
         elif node.op == "get_attr":
-            env[node] = fx.graph_module._get_attr(captured.module, node.target) if hasattr(fx.graph_module, "_get_attr") else getattr(captured.module, node.target)
+            env[node] = (
+                fx.graph_module._get_attr(captured.module, node.target)
+                if hasattr(fx.graph_module, "_get_attr")
+                else getattr(captured.module, node.target)
+            )
         elif node.op == "call_function":
             if noise is not None and kind is not None and kind[node] is Kind.NOISE:
                 env[node] = noise[node]
             else:
-                env[node] = node.target(*fx.node.map_arg(node.args, env.__getitem__), **fx.node.map_arg(node.kwargs, env.__getitem__))
+                env[node] = node.target(
+                    *fx.node.map_arg(node.args, env.__getitem__), **fx.node.map_arg(node.kwargs, env.__getitem__)
+                )
     return env
 
 
@@ -141,7 +154,9 @@ def perturbed(leaves: list[Any], batched: list[bool]) -> list[Any]:
     return changed
 
 
-def probe(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tensor], kind: dict[fx.Node, Kind]) -> tuple[dict[fx.Node, Any], dict[fx.Node, Layout], fx.Node | None]:
+def probe(
+    captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tensor], kind: dict[fx.Node, Kind]
+) -> tuple[dict[fx.Node, Any], dict[fx.Node, Layout], fx.Node | None]:
     """Shapes at the traced batch size, layouts, and the first chain node that mixes samples.
 
     Returns:

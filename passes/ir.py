@@ -148,9 +148,21 @@ class Chain:
         for row in self.rows():
             controls = [*row["controls"], *(f"({n}: tied)" for n in row["tied"])]
             ops = [f"{op.split('.')[0]}: {rule}" for op, rule in row["ops"]]
-            table.append((str(row["index"]), ", ".join(controls), ", ".join(ops), " ".join(row["state_in"]), " ".join(row["state_out"])))
+            table.append(
+                (
+                    str(row["index"]),
+                    ", ".join(controls),
+                    ", ".join(ops),
+                    " ".join(row["state_in"]),
+                    " ".join(row["state_out"]),
+                )
+            )
         widths = [max(len(r[i]) for r in table) for i in range(len(header))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in table]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        loss = "no loss yet" if self.loss is None else f"loss: {str(self.loss_node.target).removeprefix('aten.') if self.loss_node is not None else 'other'}"
+        loss = (
+            "no loss yet"
+            if self.loss is None
+            else f"loss: {str(self.loss_node.target).removeprefix('aten.') if self.loss_node is not None else 'other'}"
+        )
         return "\n".join([*lines, f"{len(self.stages)} stages, {len(self.parameter_names)} parameters, {loss}"])

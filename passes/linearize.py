@@ -164,10 +164,16 @@ def forward(
 
 def _sources(chain: Chain, node: fx.Node, env: Env) -> list[fx.Node]:
     """The operator's inputs that depend on a control and can be differentiated."""
-    return [a for a in node.all_input_nodes if chain.kinds[a] is Kind.CHAIN and isinstance(env[a], Tensor) and env[a].is_floating_point()]
+    return [
+        a
+        for a in node.all_input_nodes
+        if chain.kinds[a] is Kind.CHAIN and isinstance(env[a], Tensor) and env[a].is_floating_point()
+    ]
 
 
-def _with_pullback(node: fx.Node, sources: list[fx.Node], lookup: Callable[[fx.Node], Any]) -> tuple[Any, Callable[..., tuple[Tensor, ...]]]:
+def _with_pullback(
+    node: fx.Node, sources: list[fx.Node], lookup: Callable[[fx.Node], Any]
+) -> tuple[Any, Callable[..., tuple[Tensor, ...]]]:
     """The operator's value, and its VJP with respect to ``sources`` (floating outputs alone)."""
     shape: list[Any] = []
 
@@ -193,7 +199,9 @@ def _with_pullback(node: fx.Node, sources: list[fx.Node], lookup: Callable[[fx.N
     return value, lambda *hs: pull(tuple(h for h, f in zip(hs, mask, strict=True) if f))
 
 
-def pullback(chain: Chain, stage: Stage, tape: Tape, env: Env, cotangents: Cotangents, columns: int) -> dict[fx.Node, Tensor]:
+def pullback(
+    chain: Chain, stage: Stage, tape: Tape, env: Env, cotangents: Cotangents, columns: int
+) -> dict[fx.Node, Tensor]:
     """Pull the cotangents of ``x_{t+1}`` back through a stage.
 
     Args:
@@ -225,7 +233,9 @@ def pullback(chain: Chain, stage: Stage, tape: Tape, env: Env, cotangents: Cotan
             if node in pieces:
                 parts = pieces.pop(node)
                 hs: tuple[Tensor, ...] = tuple(
-                    parts[i] if i in parts else v.new_zeros(columns, *v.shape) for i, v in enumerate(env[node]) if isinstance(v, Tensor)
+                    parts[i] if i in parts else v.new_zeros(columns, *v.shape)
+                    for i, v in enumerate(env[node])
+                    if isinstance(v, Tensor)
                 )
             elif node in cotangents:
                 hs = (cotangents.pop(node),)
@@ -242,7 +252,9 @@ def pullback(chain: Chain, stage: Stage, tape: Tape, env: Env, cotangents: Cotan
     return taps
 
 
-def rules(chain: Chain, stage: Stage, taps: Mapping[fx.Node, Tensor], env: Env, parameters: Parameters, batch: int) -> list[tuple[ParamUse, Rule]]:
+def rules(
+    chain: Chain, stage: Stage, taps: Mapping[fx.Node, Tensor], env: Env, parameters: Parameters, batch: int
+) -> list[tuple[ParamUse, Rule]]:
     """Each use of the stage that has a cotangent with its rule on this batch.
 
     Raises:
@@ -253,7 +265,11 @@ def rules(chain: Chain, stage: Stage, taps: Mapping[fx.Node, Tensor], env: Env, 
         if use.node not in taps:
             continue
         if use.node not in chain.layouts:
-            raise StagingError(f"ddpn_fx: the batch is in no single dimension of {describe(use.node)}, which uses {', '.join(p for ps in use.parameters for p in ps)}")
+            raise StagingError(
+                f"ddpn_fx: the batch is in no single dimension of {describe(use.node)}, which uses {', '.join(p for ps in use.parameters for p in ps)}"
+            )
         values = {n: (env[n] if n in env else parameters[n]) for n in use.node.all_input_nodes}
-        found.append((use, rule_by_name(use.rule)(use.node, values, taps[use.node], use.arguments, chain.layouts, batch)))
+        found.append(
+            (use, rule_by_name(use.rule)(use.node, values, taps[use.node], use.arguments, chain.layouts, batch))
+        )
     return found

@@ -82,7 +82,9 @@ def flatten_state(chain: Chain, env: Env, batch: int) -> Tensor:
     for node in chain.terminal:
         layout = chain.layouts.get(node)
         if layout is None or layout.dim != 0:
-            raise LossError(f"ddpn_fx: the batch is not the first dimension of {describe(node)}, which the loss reads; permute it first")
+            raise LossError(
+                f"ddpn_fx: the batch is not the first dimension of {describe(node)}, which the loss reads; permute it first"
+            )
         parts.append(env[node].reshape(batch, -1))
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
@@ -109,7 +111,16 @@ def evaluate_loss(chain: Chain, env: Env) -> Tensor:
     return local[chain.loss].reshape(())
 
 
-def phi(chain: Chain, env: Env, leaves: list[Any], params: dict[str, Tensor], buffers: dict[str, Tensor], batch: int, *, mixing: bool = False) -> Phi:
+def phi(
+    chain: Chain,
+    env: Env,
+    leaves: list[Any],
+    params: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    batch: int,
+    *,
+    mixing: bool = False,
+) -> Phi:
     """The terminal cost's values, gradients and weights at x_T.
 
     Args:
@@ -122,7 +133,11 @@ def phi(chain: Chain, env: Env, leaves: list[Any], params: dict[str, Tensor], bu
         mixing: for "other": phi_i := J's gradient times B, without a value of its own.
     """
     if chain.loss_node is not None:
-        known = {aten.cross_entropy_loss.default: _cross_entropy, aten.mse_loss.default: _mse, aten.binary_cross_entropy_with_logits.default: _bce}
+        known = {
+            aten.cross_entropy_loss.default: _cross_entropy,
+            aten.mse_loss.default: _mse,
+            aten.binary_cross_entropy_with_logits.default: _bce,
+        }
         return known[chain.loss_node.target](chain, env, batch)  # type: ignore[index]
     return _other(chain, env, leaves, params, buffers, batch, mixing)
 
@@ -145,7 +160,17 @@ def _options(node: fx.Node, env: Env, names: tuple[str, ...], defaults: tuple[An
     return {k: (env[v] if isinstance(v, fx.Node) else v) for k, v in values.items()}
 
 
-def _finish(kind: str, chain: Chain, env: Env, batch: int, x: Tensor, per_sample: Any, weight: Tensor, curvature: Tensor, classes: tuple[int, int, int] | None = None) -> Phi:
+def _finish(
+    kind: str,
+    chain: Chain,
+    env: Env,
+    batch: int,
+    x: Tensor,
+    per_sample: Any,
+    weight: Tensor,
+    curvature: Tensor,
+    classes: tuple[int, int, int] | None = None,
+) -> Phi:
     """Assemble a known loss from its per-sample function of (B, D) logits."""
     _, pull = torch.func.vjp(lambda z: per_sample(z), x)
     value = per_sample(x)
@@ -156,7 +181,12 @@ def _finish(kind: str, chain: Chain, env: Env, batch: int, x: Tensor, per_sample
 def _cross_entropy(chain: Chain, env: Env, batch: int) -> Phi:
     node = chain.loss_node
     assert node is not None
-    o = _options(node, env, ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing"), (None, None, None, 1, -100, 0.0))
+    o = _options(
+        node,
+        env,
+        ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing"),
+        (None, None, None, 1, -100, 0.0),
+    )
     logits, target, class_weight = o["input"], o["target"], o["weight"]
     dtype = accumulate_dtype(logits.dtype)
     mean, smoothing = _REDUCTIONS[o["reduction"]] == "mean", float(o["label_smoothing"])
@@ -183,13 +213,22 @@ def _cross_entropy(chain: Chain, env: Env, batch: int) -> Phi:
         normal = chosen.reshape(batch, -1).sum(1) if mean else x.new_ones(batch)
 
         def losses(z: Tensor) -> Tensor:
-            return F.cross_entropy(z.reshape(shape), labels, weight, reduction="none", ignore_index=o["ignore_index"], label_smoothing=smoothing).reshape(batch, -1)
+            return F.cross_entropy(
+                z.reshape(shape),
+                labels,
+                weight,
+                reduction="none",
+                ignore_index=o["ignore_index"],
+                label_smoothing=smoothing,
+            ).reshape(batch, -1)
 
     safe = torch.where(normal > 0, normal, torch.ones_like(normal))
     a = (amount / safe[:, None, None])[:, :, None, :].expand(batch, outer, classes, inner).reshape(batch, -1)
     total = normal.sum()
     share = normal / total if mean else torch.ones_like(normal)
-    return _finish("cross_entropy", chain, env, batch, x, lambda z: losses(z).sum(1) / safe, share, a, (outer, classes, inner))
+    return _finish(
+        "cross_entropy", chain, env, batch, x, lambda z: losses(z).sum(1) / safe, share, a, (outer, classes, inner)
+    )
 
 
 def _mse(chain: Chain, env: Env, batch: int) -> Phi:
@@ -223,14 +262,33 @@ def _elementwise(kind: str, chain: Chain, env: Env, batch: int, o: dict[str, Any
     target = o["target"].to(dtype)
     shape = torch.broadcast_shapes(x.shape, target.shape)
     if tuple(shape) != tuple(x.shape):
-        raise LossError(f"ddpn_fx: the loss broadcasts the output {tuple(x.shape)} against the target {tuple(target.shape)}; give them the same shape")
+        raise LossError(
+            f"ddpn_fx: the loss broadcasts the output {tuple(x.shape)} against the target {tuple(target.shape)}; give them the same shape"
+        )
     normal = float(flat.shape[1]) if _REDUCTIONS[o["reduction"]] == "mean" else 1.0
     weight = flat.new_full((batch,), 1.0 / batch if normal != 1.0 or _REDUCTIONS[o["reduction"]] == "mean" else 1.0)
     curvature = (torch.ones_like(flat) * scale) / normal
-    return _finish(kind, chain, env, batch, flat, lambda z: losses(z.reshape(x.shape), target).reshape(batch, -1).sum(1) / normal, weight, curvature)
+    return _finish(
+        kind,
+        chain,
+        env,
+        batch,
+        flat,
+        lambda z: losses(z.reshape(x.shape), target).reshape(batch, -1).sum(1) / normal,
+        weight,
+        curvature,
+    )
 
 
-def _other(chain: Chain, env: Env, leaves: list[Any], params: dict[str, Tensor], buffers: dict[str, Tensor], batch: int, mixing: bool) -> Phi:
+def _other(
+    chain: Chain,
+    env: Env,
+    leaves: list[Any],
+    params: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    batch: int,
+    mixing: bool,
+) -> Phi:
     loss, total = total_gradient(chain, env, batch)
     flat = flatten_state(chain, env, batch)
     dtype = accumulate_dtype(flat.dtype)
@@ -274,7 +332,9 @@ def single_sample(chain: Chain, env: Env, params: dict[str, Tensor], buffers: di
                 stack.append(a)
     fixed = {n for n in wanted if chain.kinds[n] in (Kind.NOISE, Kind.PARAMETER)}
     if fixed:
-        raise LossError(f"ddpn_fx: the loss itself draws random numbers or uses parameters ({'; '.join(describe(n) for n in fixed)}); use terminal='gradient', or move them into the model")
+        raise LossError(
+            f"ddpn_fx: the loss itself draws random numbers or uses parameters ({'; '.join(describe(n) for n in fixed)}); use terminal='gradient', or move them into the model"
+        )
     shapes = {n: tuple(env[n].shape[1:]) for n in chain.terminal}
 
     def evaluate(x: Tensor, leaves: list[Any], sample: tuple[Tensor, ...]) -> Tensor:

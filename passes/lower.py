@@ -34,12 +34,27 @@ class Signature:
     state: tuple[str, ...]
     leaves: int
 
-    def flatten(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any], vector: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:
+    def flatten(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        leaves: Sequence[Any],
+        vector: Tensor,
+        state: Mapping[str, Tensor],
+    ) -> list[Tensor]:
         """Parameters, buffers, the batch's tensors, the vector of numbers, optimiser state."""
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        return [*(params[n] for n in self.params), *(buffers[n] for n in self.buffers), *tensors, vector, *(state[n] for n in self.state)]
+        return [
+            *(params[n] for n in self.params),
+            *(buffers[n] for n in self.buffers),
+            *tensors,
+            vector,
+            *(state[n] for n in self.state),
+        ]
 
-    def unflatten(self, flat: Sequence[Tensor], program: Program) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any], Tensor, dict[str, Tensor]]:
+    def unflatten(
+        self, flat: Sequence[Tensor], program: Program
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any], Tensor, dict[str, Tensor]]:
         """The inverse of :meth:`flatten`; constants of the batch come from the program."""
         items = iter(flat)
         params = {n: next(items) for n in self.params}
@@ -62,11 +77,14 @@ def signature(program: Program, state: Mapping[str, Tensor]) -> Signature:
 
 @dataclass
 class Lowered:
-    """A step ready to run: ``run(flat) -> statistics vector``, writing its results in place."""
+    """A step ready to run: ``run(*flat) -> (statistics vector,)``, writing its results in place.
+
+    ``module`` is the fused graph; None where tracing is disabled.
+    """
 
     program: Program
     signature: Signature
-    module: fx.GraphModule
+    module: fx.GraphModule | None
     run: Callable[..., Any]
     records: list[PassRecord] = field(default_factory=list)
 
@@ -82,8 +100,21 @@ def lower(
     backend: Any,
     compile_kwargs: Mapping[str, Any],
 ) -> Lowered:
-    """Trace, fuse and compile a program for the shapes of these tensors (whose values stay as they are)."""
+    """Trace, fuse and compile a program for the shapes of these tensors (whose values stay as they are).
+
+    Args:
+        program: the program.
+        params: parameters by name, detached.
+        buffers: buffers by name.
+        leaves: the batch's leaves.
+        vector: the numbers of the step (:meth:`Hyper.pack`).
+        state: optimiser state by name.
+        backend: of ``torch.compile``; ``"eager"`` runs the fused graph; None runs the program untraced.
+        compile_kwargs: further arguments of ``torch.compile``.
+    """
     names = signature(program, state)
+    if backend is None:
+        return Lowered(program, names, None, _untraced(program, names))
     flat = names.flatten(params, buffers, leaves, vector, state)
     records: list[PassRecord] = []
     written: list[tuple[int, int]] = []
@@ -91,7 +122,10 @@ def lower(
     def step(*tensors: Tensor) -> list[Tensor]:
         p, b, x, v, s = names.unflatten(tensors, program)
         new_p, new_b, new_s, statistics = program.step(p, b, x, v, s)
-        position = {(k, n): i for i, (k, n) in enumerate([*(("p", n) for n in names.params), *(("b", n) for n in names.buffers)])}
+        position = {
+            (k, n): i
+            for i, (k, n) in enumerate([*(("p", n) for n in names.params), *(("b", n) for n in names.buffers)])
+        }
         offset = len(position) + names.leaves + 1
         position |= {("s", n): offset + i for i, n in enumerate(names.state)}
         outputs = [statistics]
@@ -118,6 +152,20 @@ def lower(
     return Lowered(program, names, module, run, records)
 
 
+def _untraced(program: Program, names: Signature) -> Callable[..., tuple[Tensor]]:
+    """The step as ordinary eager code."""
+
+    def run(*flat: Tensor) -> tuple[Tensor]:
+        params, buffers, leaves, vector, state = names.unflatten(flat, program)
+        new_params, new_buffers, new_state, statistics = program.step(params, buffers, leaves, vector, state)
+        for old, new in ((params, new_params), (buffers, new_buffers), (state, new_state)):
+            for name, value in new.items():
+                old[name].copy_(value)
+        return (statistics,)
+
+    return run
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -141,7 +189,12 @@ def _write_in_place(module: fx.GraphModule, written: Sequence[tuple[int, int]]) 
     with graph.inserting_before(output):
         for target, index in written:
             copy = graph.call_function(aten.copy_.default, (placeholders[target], values[index]))
-            copy.meta.update({"role": "update", **{k: v for k, v in values[index].meta.items() if k in ("val", "stage", "module_path")}})
+            copy.meta.update(
+                {
+                    "role": "update",
+                    **{k: v for k, v in values[index].meta.items() if k in ("val", "stage", "module_path")},
+                }
+            )
     output.args = ((values[0],),)
     graph.lint()
 
@@ -164,7 +217,12 @@ def _name_placeholders(module: fx.GraphModule, names: Signature) -> None:
 
 
 def parts(
-    program: Program, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any], vector: Tensor, state: Mapping[str, Tensor]
+    program: Program,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    leaves: Sequence[Any],
+    vector: Tensor,
+    state: Mapping[str, Tensor],
 ) -> dict[str, tuple[fx.GraphModule, list[Tensor]]]:
     """The three graphs of a step by themselves, with inputs to run each on.
 
@@ -175,7 +233,11 @@ def parts(
     names = signature(program, state)
     base = names.flatten(params, buffers, leaves, vector, state)
     chain = program.chain
-    kept = list(dict.fromkeys([n for s in chain.stages for n in (*s.state_in, *(m for m in s.nodes if chain.kinds[m] is Kind.NOISE))]))
+    kept = list(
+        dict.fromkeys(
+            [n for s in chain.stages for n in (*s.state_in, *(m for m in s.nodes if chain.kinds[m] is Kind.NOISE))]
+        )
+    )
 
     def simulate(*flat: Tensor) -> list[Tensor]:
         p, b, x, _, _ = names.unflatten(flat, program)
@@ -189,7 +251,9 @@ def parts(
         linear = program.backward(trajectory, Hyper.unpack(v))
         if linear.folded is not None:
             return [linear.folded, *linear.grams]
-        return [t for policy in linear.policies for t in (policy.open, policy.factor) if t is not None] or [linear.terminal.b]
+        return [t for policy in linear.policies for t in (policy.open, policy.factor) if t is not None] or [
+            linear.terminal.b
+        ]
 
     def feedback(*flat: Tensor) -> list[Tensor]:
         p, b, x, v, s = names.unflatten(flat[: len(base)], program)
@@ -207,11 +271,16 @@ def parts(
         changes, _, statistics = program.feedback(trajectory, linear, hyper, s)
         return [*changes.values(), torch.stack([statistics[k].to(v.dtype) for k in STATISTICS])]
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with program.kernels(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         states = simulate(*base)[1 : 1 + len(kept)]
         policies = backward(*base, *states)
     found: dict[str, tuple[fx.GraphModule, list[Tensor]]] = {}
-    for name, function, inputs in (("simulate", simulate, base), ("backward", backward, [*base, *states]), ("feedback", feedback, [*base, *states, *policies])):
-        module = fuse(trace(function, inputs))
+    for name, function, inputs in (
+        ("simulate", simulate, base),
+        ("backward", backward, [*base, *states]),
+        ("feedback", feedback, [*base, *states, *policies]),
+    ):
+        with program.kernels():
+            module = fuse(trace(function, inputs))
         found[name] = (module, list(inputs))
     return found

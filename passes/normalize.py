@@ -59,9 +59,9 @@ def _parameter_only(graph: fx.Graph, parameter_nodes: set[str]) -> set[fx.Node]:
     """Nodes that depend on trainable parameters and on no other placeholder."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.name in parameter_nodes:
-            found.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and all(a in found for a in node.all_input_nodes):
+        if node.name in parameter_nodes or (
+            node.op == "call_function" and node.all_input_nodes and all(a in found for a in node.all_input_nodes)
+        ):
             found.add(node)
     return found
 
@@ -87,7 +87,10 @@ def _norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         at, tail = 2, ()
     else:
         return None
-    affine = [a if isinstance(a, fx.Node) else None for a in args[at : at + (1 if node.target is aten.rms_norm.default else 2)]]
+    affine = [
+        a if isinstance(a, fx.Node) else None
+        for a in args[at : at + (1 if node.target is aten.rms_norm.default else 2)]
+    ]
     if not any(affine):
         return None
     args[at : at + len(affine)] = [None] * len(affine)
@@ -98,7 +101,11 @@ def _norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
             if parameter is None:
                 continue
             if tail:
-                parameter = _like(graph.call_function(aten.reshape.default, (parameter, list(tail))), node, parameter.meta["val"].reshape(tail))
+                parameter = _like(
+                    graph.call_function(aten.reshape.default, (parameter, list(tail))),
+                    node,
+                    parameter.meta["val"].reshape(tail),
+                )
             out = _like(graph.call_function(op, (out, parameter)), node)
     return out
 
@@ -139,21 +146,34 @@ def _matmul(parameter_only: set[fx.Node]) -> Rewrite:
             bias, x, weight = node.args
         else:
             return None
-        if weight not in parameter_only or x in parameter_only or weight.meta["val"].dim() != 2 or x.meta["val"].dim() < 2:  # type: ignore[union-attr]
+        if (
+            weight not in parameter_only
+            or x in parameter_only
+            or weight.meta["val"].dim() != 2
+            or x.meta["val"].dim() < 2
+        ):  # type: ignore[union-attr]
             return None
         with graph.inserting_before(node):
-            transposed = _like(graph.call_function(aten.permute.default, (weight, [1, 0])), node, weight.meta["val"].permute(1, 0))  # type: ignore[union-attr]
+            transposed = _like(
+                graph.call_function(aten.permute.default, (weight, [1, 0])), node, weight.meta["val"].permute(1, 0)
+            )  # type: ignore[union-attr]
             parameter_only.add(transposed)
-            return _like(graph.call_function(aten.linear.default, (x, transposed, *(() if bias is None else (bias,)))), node)
+            return _like(
+                graph.call_function(aten.linear.default, (x, transposed, *(() if bias is None else (bias,)))), node
+            )
 
     return rewrite
 
 
 def _reshape(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """``view`` -> ``reshape``; aliases and same-dtype copies -> their input."""
+    """``view`` -> ``reshape``; aliases and broadcasts to the shape at hand -> their input."""
     if node.target is aten.view.default:
         with graph.inserting_before(node):
             return _like(graph.call_function(aten.reshape.default, node.args), node)
     if node.target is aten.alias.default:
         return node.args[0]  # type: ignore[return-value]
+    if node.target is operator.getitem and node.args[0].target is aten.broadcast_tensors.default:  # type: ignore[union-attr]
+        source = node.args[0].args[0][node.args[1]]  # type: ignore[union-attr,index]
+        if str(source.meta["val"].shape) == str(node.meta["val"].shape):
+            return source
     return None

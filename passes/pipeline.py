@@ -19,7 +19,13 @@ from ddpn_fx.passes.verify import verify
 
 
 def build_chain(
-    model: nn.Module, loss: Callable[..., Tensor] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: tuple[Any, ...], *, module_loss: bool = False
+    model: nn.Module,
+    loss: Callable[..., Tensor] | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    target: tuple[Any, ...],
+    *,
+    module_loss: bool = False,
 ) -> Chain:
     """Capture, normalise and stage ``loss(model(*args, **kwargs), *target)``.
 

@@ -10,12 +10,14 @@ together are what is compiled. Nothing here knows a model or a batch: both come 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpn_fx.passes import bellman
 from ddpn_fx.passes import loss as losses
@@ -60,6 +62,11 @@ class TerminalFactor(Protocol):
     @property
     def needs_single_samples(self) -> bool:
         """Whether phi_i must be the loss of one sample alone (False: the gradient of J is enough)."""
+        ...
+
+    @property
+    def single_column(self) -> bool:
+        """Whether R is 1 whatever the loss: then pullbacks run without ``vmap``."""
         ...
 
 
@@ -176,9 +183,17 @@ class Program:
         self.controls = [[p for p in s.controls if p in self.group] for s in chain.stages]
         self.trained = [p for ps in self.controls for p in ps]
 
+    def kernels(self) -> AbstractContextManager[None]:
+        """Attention as plain operators where several columns are pulled back: its fused backward has no batching rule."""
+        if not self.mode.feedback or self.mode.terminal.single_column:
+            return nullcontext()
+        return sdpa_kernel(SDPBackend.MATH)
+
     # -- simulate ---------------------------------------------------------------------------------
 
-    def simulate(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any]) -> Trajectory:
+    def simulate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any]
+    ) -> Trajectory:
         """Run the chain on the controls, keeping each operator's pullback."""
         env = context(self.chain, buffers, list(leaves), params)
         trajectory = Trajectory(env, [], Parameters(self.chain, params, env))
@@ -189,7 +204,13 @@ class Program:
         self._evaluate_loss(trajectory, params, buffers, leaves)
         return trajectory
 
-    def retrace(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any], values: Mapping[fx.Node, Tensor]) -> Trajectory:
+    def retrace(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        leaves: Sequence[Any],
+        values: Mapping[fx.Node, Tensor],
+    ) -> Trajectory:
         """A trajectory from its states and noise: each stage is linearised around its own state."""
         env = context(self.chain, buffers, list(leaves), params)
         env.update({n: v for n, v in values.items() if self.chain.kinds[n] is Kind.NOISE})
@@ -202,13 +223,21 @@ class Program:
         self._evaluate_loss(trajectory, params, buffers, leaves)
         return trajectory
 
-    def _evaluate_loss(self, trajectory: Trajectory, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any]) -> None:
+    def _evaluate_loss(
+        self, trajectory: Trajectory, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any]
+    ) -> None:
         with origin({"role": "loss", "stage": len(self.chain.stages)}):
             if not self.mode.feedback:
                 trajectory.loss, trajectory.seed = losses.total_gradient(self.chain, trajectory.env, self.batch)
                 return
             trajectory.phi = losses.phi(
-                self.chain, trajectory.env, list(leaves), dict(params), dict(buffers), self.batch, mixing=not self.mode.terminal.needs_single_samples
+                self.chain,
+                trajectory.env,
+                list(leaves),
+                dict(params),
+                dict(buffers),
+                self.batch,
+                mixing=not self.mode.terminal.needs_single_samples,
             )
             trajectory.loss = trajectory.phi.loss
 
@@ -257,7 +286,9 @@ class Program:
             free = scale * (1 - factors.curved) * factors.beta
             terminal = bellman.Terminal(*(blocks.columns_of(t) for t in (curved, factors.beta * factors.curved, free)))
             weight = weight if self.mode.coupling == "sample" else torch.ones_like(weight)
-            return factors.S, Linearization({}, [], blocks, terminal, weight, clamps=factors.clamps, fault=factors.fault)
+            return factors.S, Linearization(
+                {}, [], blocks, terminal, weight, clamps=factors.clamps, fault=factors.fault
+            )
 
     def _gram(self, stage: Stage, result: Linearization, trajectory: Trajectory, hyper: Hyper) -> None:
         """eta K_t and v_t of one stage."""
@@ -277,11 +308,15 @@ class Program:
                     term = blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * inner)
                     decay = term if decay is None else decay + term
         if gram is None:
-            gram = torch.zeros(blocks.count, blocks.size, blocks.size, dtype=result.weight.dtype, device=result.weight.device)
+            gram = torch.zeros(
+                blocks.count, blocks.size, blocks.size, dtype=result.weight.dtype, device=result.weight.device
+            )
         result.grams.append(gram)
         result.decay.append(decay)
 
-    def _gram_of(self, name: str, uses: Sequence[tuple[int, ParamUse, int, Rule]], trajectory: Trajectory, blocks: Blocks) -> Tensor:
+    def _gram_of(
+        self, name: str, uses: Sequence[tuple[int, ParamUse, int, Rule]], trajectory: Trajectory, blocks: Blocks
+    ) -> Tensor:
         """K of one parameter, over all its uses."""
         if len(uses) == 1:
             _, use, position, rule = uses[0]
@@ -303,7 +338,9 @@ class Program:
         assert total is not None
         return total
 
-    def _inner(self, name: str, uses: Sequence[tuple[int, ParamUse, int, Rule]], direction: Tensor, trajectory: Trajectory) -> Tensor:
+    def _inner(
+        self, name: str, uses: Sequence[tuple[int, ParamUse, int, Rule]], direction: Tensor, trajectory: Trajectory
+    ) -> Tensor:
         """Gamma^T D of one parameter over the given uses: (B, R)."""
         total: Tensor | None = None
         for entry in uses:
@@ -378,11 +415,23 @@ class Program:
                         direction = self._contract(name, linear.gamma[name], weighted, trajectory)
                         changes[name] = self._change(name, direction, trajectory, hyper, buffers, new_buffers, step)
             if self.mode.rollout == "nonlinear" and stage.index + 1 < len(self.chain.stages):
-                updated = {**trajectory.parameters.params, **{n: trajectory.parameters.params[n] + d for n, d in changes.items()}}
-                forward(self.chain, stage.nodes, env, Parameters(self.chain, updated, trajectory.env), stage=stage.index, role="rollout")
+                updated = {
+                    **trajectory.parameters.params,
+                    **{n: trajectory.parameters.params[n] + d for n, d in changes.items()},
+                }
+                forward(
+                    self.chain,
+                    stage.nodes,
+                    env,
+                    Parameters(self.chain, updated, trajectory.env),
+                    stage=stage.index,
+                    role="rollout",
+                )
         return changes, new_buffers, self._statistics(trajectory, linear, y, finite, clipped)
 
-    def _displacement(self, stage: Stage, env: Env, trajectory: Trajectory, linear: Linearization, changes: Mapping[str, Tensor]) -> Tensor:
+    def _displacement(
+        self, stage: Stage, env: Env, trajectory: Trajectory, linear: Linearization, changes: Mapping[str, Tensor]
+    ) -> Tensor:
         """y_t = Z_t^T dx_t over every floating tensor of the state, tied parameters included."""
         dtype = linear.terminal.beta.dtype
         total = torch.zeros(self.batch, linear.blocks.columns, dtype=dtype, device=linear.weight.device)
@@ -395,7 +444,9 @@ class Program:
                 total = total + self._inner(name, later, change, trajectory)
         return linear.blocks.columns_of(total)
 
-    def _contract(self, name: str, uses: Sequence[tuple[int, ParamUse, int, Rule]], omega: Tensor, trajectory: Trajectory) -> Tensor:
+    def _contract(
+        self, name: str, uses: Sequence[tuple[int, ParamUse, int, Rule]], omega: Tensor, trajectory: Trajectory
+    ) -> Tensor:
         """Gamma omega of one parameter over all its uses."""
         total: Tensor | None = None
         for _, use, position, rule in uses:
@@ -408,7 +459,14 @@ class Program:
         return total
 
     def _change(
-        self, name: str, direction: Tensor, trajectory: Trajectory, hyper: Hyper, buffers: Mapping[str, Tensor], new_buffers: dict[str, Tensor], step: Tensor | None
+        self,
+        name: str,
+        direction: Tensor,
+        trajectory: Trajectory,
+        hyper: Hyper,
+        buffers: Mapping[str, Tensor],
+        new_buffers: dict[str, Tensor],
+        step: Tensor | None,
     ) -> Tensor:
         """du of one parameter: ``-eta (Gamma omega + wd u)``, through momentum or beta1's average."""
         g = self.group[name]
@@ -454,10 +512,14 @@ class Program:
         assert trajectory.loss is not None
         zero = torch.zeros_like(predicted)
         finite = trajectory.loss.isfinite() & predicted.isfinite()
-        statistics = dict(zip(STATISTICS, (trajectory.loss, predicted, zero, zero, zero, (~finite).to(zero.dtype), zero), strict=True))
+        statistics = dict(
+            zip(STATISTICS, (trajectory.loss, predicted, zero, zero, zero, (~finite).to(zero.dtype), zero), strict=True)
+        )
         return changes, new_buffers, statistics
 
-    def _statistics(self, trajectory: Trajectory, linear: Linearization, y: Tensor, finite: Tensor, clipped: Tensor) -> dict[str, Tensor]:
+    def _statistics(
+        self, trajectory: Trajectory, linear: Linearization, y: Tensor, finite: Tensor, clipped: Tensor
+    ) -> dict[str, Tensor]:
         terminal, zero = linear.terminal, torch.zeros_like(clipped)
         with origin({"role": "update"}):
             model = terminal.b * y + 0.5 * terminal.curved * y * y
@@ -489,20 +551,28 @@ class Program:
                 missing.append(node)
                 stack.extend(node.all_input_nodes)
         position = {n: i for i, n in enumerate(self.chain.graph.nodes)}
-        forward(self.chain, sorted(missing, key=position.__getitem__), trajectory.env, trajectory.parameters, stage=None)
+        forward(
+            self.chain, sorted(missing, key=position.__getitem__), trajectory.env, trajectory.parameters, stage=None
+        )
         return {name: trajectory.env[node] for name, node in wanted.items()}
 
     def step(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], leaves: Sequence[Any], vector: Tensor, state: Mapping[str, Tensor]
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        leaves: Sequence[Any],
+        vector: Tensor,
+        state: Mapping[str, Tensor],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor]:
         """One whole step: ``(new parameters, new buffers, new optimiser state, statistics vector)``.
 
         A step whose factors are not finite (or that met a fault) returns everything unchanged.
         """
         hyper = Hyper.unpack(vector)
-        trajectory = self.simulate(params, buffers, leaves)
-        linear = self.backward(trajectory, hyper)
-        changes, new_state, statistics = self.feedback(trajectory, linear, hyper, state)
+        with self.kernels():
+            trajectory = self.simulate(params, buffers, leaves)
+            linear = self.backward(trajectory, hyper)
+            changes, new_state, statistics = self.feedback(trajectory, linear, hyper, state)
         with origin({"role": "update"}):
             ok = statistics["skipped"] == 0
             new_params = {n: torch.where(ok, params[n] + d, params[n]) for n, d in changes.items()}
@@ -511,6 +581,3 @@ class Program:
             dtype = vector.dtype
             packed = torch.stack([statistics[k].to(dtype) for k in STATISTICS])
         return new_params, kept_buffers, kept_state, packed
-
-
-FlatFunction = Callable[..., list[Tensor]]

@@ -74,15 +74,21 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     order = [n for n in graph.nodes if kind.get(n) in (Kind.CHAIN, Kind.NOISE) and n in needed]
     users = [n for n in chain_nodes if any(kind.get(a) is Kind.PARAMETER for a in n.all_input_nodes)]
     if not users:
-        raise StagingError("ddpn_fx.compile: no operator of the model uses a trainable parameter; set requires_grad=True on what is to be trained")
+        raise StagingError(
+            "ddpn_fx.compile: no operator of the model uses a trainable parameter; set requires_grad=True on what is to be trained"
+        )
     phi, terminal, loss_node = _terminal(order, users, marks, loss, kind, flow, sizes, layouts)
     body = [n for n in order if n not in phi]
     late = [n for n in users if n in phi]
     if late:
-        raise StagingError(f"ddpn_fx.compile: the loss itself uses trainable parameters, after the model's output: {'; '.join(describe(n) for n in late)}; move them into the model")
+        raise StagingError(
+            f"ddpn_fx.compile: the loss itself uses trainable parameters, after the model's output: {'; '.join(describe(n) for n in late)}; move them into the model"
+        )
     mixes = mixing if mixing is not None and mixing not in phi else None
     sources = _parameter_sources(captured, kind, trainable)
-    chain = Chain(captured, kind, [], terminal, [n for n in phi if kind[n] is Kind.CHAIN], loss, loss_node, layouts, sizes, mixes)
+    chain = Chain(
+        captured, kind, [], terminal, [n for n in phi if kind[n] is Kind.CHAIN], loss, loss_node, layouts, sizes, mixes
+    )
     chain.stages = _cut(body, users, terminal, kind, sizes, layouts, phi)
     owned: list[str] = []
     for item in chain.stages:
@@ -95,7 +101,9 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     return chain
 
 
-def _parameter_sources(captured: Captured, kind: dict[fx.Node, Kind], trainable: set[str]) -> dict[fx.Node, tuple[str, ...]]:
+def _parameter_sources(
+    captured: Captured, kind: dict[fx.Node, Kind], trainable: set[str]
+) -> dict[fx.Node, tuple[str, ...]]:
     """For each parameter-only node the trainable parameters that it depends on."""
     found: dict[fx.Node, tuple[str, ...]] = {}
     for node in captured.module.graph.nodes:
@@ -116,7 +124,12 @@ def _isometry(node: fx.Node, kind: dict[fx.Node, Kind]) -> bool:
     return True
 
 
-def _use(node: fx.Node, kind: dict[fx.Node, Kind], sources: dict[fx.Node, tuple[str, ...]], sizes: dict[fx.Node, tuple[int, ...]]) -> ParamUse:
+def _use(
+    node: fx.Node,
+    kind: dict[fx.Node, Kind],
+    sources: dict[fx.Node, tuple[str, ...]],
+    sizes: dict[fx.Node, tuple[int, ...]],
+) -> ParamUse:
     arguments = tuple(a for a in node.all_input_nodes if kind.get(a) is Kind.PARAMETER)
     return ParamUse(
         node=node,
@@ -159,17 +172,30 @@ def _terminal(
         at = len(order) - 2 if at is None else at
         phi = order[at + 1 :]
     inside = set(phi)
-    terminal = tuple(dict.fromkeys(a for n in phi for a in n.all_input_nodes if kind.get(a) is Kind.CHAIN and a not in inside))
+    terminal = tuple(
+        dict.fromkeys(a for n in phi for a in n.all_input_nodes if kind.get(a) is Kind.CHAIN and a not in inside)
+    )
     return phi, terminal, None
 
 
 def _live(order: list[fx.Node], at: int, keep: set[fx.Node], kind: dict[fx.Node, Kind]) -> list[fx.Node]:
     """Chain values that are made up to position ``at`` and needed after it."""
     done = set(order[: at + 1])
-    return [n for n in order[: at + 1] if kind[n] is Kind.CHAIN and (n in keep or any(u not in done and (kind.get(u) is not None) for u in n.users))]
+    return [
+        n
+        for n in order[: at + 1]
+        if kind[n] is Kind.CHAIN and (n in keep or any(u not in done and (kind.get(u) is not None) for u in n.users))
+    ]
 
 
-def _best(places: range, order: list[fx.Node], keep: set[fx.Node], kind: dict[fx.Node, Kind], sizes: dict[fx.Node, tuple[int, ...]], layouts: dict[fx.Node, Layout]) -> int | None:
+def _best(
+    places: range,
+    order: list[fx.Node],
+    keep: set[fx.Node],
+    kind: dict[fx.Node, Kind],
+    sizes: dict[fx.Node, tuple[int, ...]],
+    layouts: dict[fx.Node, Layout],
+) -> int | None:
     """The best cut among positions: batch first everywhere, fewest live elements, latest."""
     best: tuple[int, int] | None = None
     for at in places:

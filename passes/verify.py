@@ -37,7 +37,9 @@ def verify(chain: Chain) -> Chain:
             for a in node.all_input_nodes:
                 kind = chain.kinds[a]
                 if kind is Kind.CHAIN and a not in inside and a not in stage.state_in:
-                    faults.append(f"stage {stage.index}: {describe(node)} reads {describe(a)}, which is not in its state")
+                    faults.append(
+                        f"stage {stage.index}: {describe(node)} reads {describe(a)}, which is not in its state"
+                    )
                 if kind is Kind.NOISE and a not in inside and a not in made_noise:
                     faults.append(f"stage {stage.index}: {describe(node)} reads noise that is drawn later")
         made_noise |= {n for n in stage.nodes if chain.kinds[n] is Kind.NOISE}

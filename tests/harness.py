@@ -8,15 +8,25 @@ import ddpn_fx
 from tests import oracle
 from tests.models import Case
 
+_NETS: dict = {}
 
-def program(case: Case, settings: oracle.Settings, *, dtype=torch.float64, backend="eager", batch=4, seed=0):
-    """(net, opt, inputs, target) for a case in a mode."""
+
+def program(case: Case, settings: oracle.Settings, *, dtype=torch.float64, backend=None, batch=4, seed=0):
+    """(net, opt, inputs, target) for a case in a mode; backend None runs the step untraced.
+
+    A case is captured once in a process; its weights are set anew each time.
+    """
     module = case.model(seed, dtype)
     inputs, target = case.sample(batch, seed, dtype)
-    net = ddpn_fx.compile(module, loss=case.loss.call, backend=backend)
+    key = case.name, dtype, backend
+    if key not in _NETS:
+        options = {"disable": True} if backend is None else {"backend": backend}
+        _NETS[key] = ddpn_fx.compile(case.model(seed, dtype), loss=case.loss.call, **options)
+    net = _NETS[key]
+    net.load_state_dict(module.state_dict())
     options = asdict(settings)
     groups = None
-    names = dict(module.named_parameters())
+    names = dict(net.named_parameters())
     per_parameter = {k: options[k] for k in ("lr", "weight_decay", "momentum") if isinstance(options[k], dict)}
     if per_parameter:
         groups = [
@@ -38,7 +48,17 @@ def noise_for(case: Case, settings: oracle.Settings, module, inputs, seed: int):
     return oracle.draw_noise(case.loss, settings, shape, torch.default_generator)
 
 
-def compare(case: Case, settings: oracle.Settings, *, tolerance=1e-9, steps=1, dtype=torch.float64, backend="eager", batch=4, seed=0):
+def compare(
+    case: Case,
+    settings: oracle.Settings,
+    *,
+    tolerance=1e-9,
+    steps=1,
+    dtype=torch.float64,
+    backend=None,
+    batch=4,
+    seed=0,
+):
     """Run both; assert equal losses, controls and statistics. Returns the program's ``(net, opt)``."""
     net, opt, inputs, target = program(case, settings, dtype=dtype, backend=backend, batch=batch, seed=seed)
     stages = case.stages()
@@ -46,7 +66,9 @@ def compare(case: Case, settings: oracle.Settings, *, tolerance=1e-9, steps=1, d
     buffers = None
     for step in range(steps):
         noise = noise_for(case, settings, case.model(seed, dtype), inputs, 100 + step)
-        want = oracle.step(stages, params, inputs, target, case.loss, settings, buffers=buffers, steps_done=step, noise=noise)
+        want = oracle.step(
+            stages, params, inputs, target, case.loss, settings, buffers=buffers, steps_done=step, noise=noise
+        )
         torch.manual_seed(100 + step)
         loss = opt.train_step(inputs, target)
         if step == 0:
@@ -75,4 +97,6 @@ def close_to_scale(got, want, change, tolerance, what):
     """Equal to a tolerance relative to the largest change."""
     scale = max(float(change.abs().max()), 1e-6)
     gap = float((got - want).abs().max())
-    assert gap <= tolerance * max(scale, float(want.abs().max())), f"{what}: off by {gap:.3g}, the change is {scale:.3g}"
+    assert gap <= tolerance * max(scale, float(want.abs().max())), (
+        f"{what}: off by {gap:.3g}, the change is {scale:.3g}"
+    )

@@ -338,12 +338,14 @@ def exact_factor(x: Tensor, target: Tensor, loss: Loss, g: Tensor) -> tuple[Tens
     """S (D, r), beta (r,) with S S^T the Hessian of phi_i, and S beta = g (least squares, of least norm).
 
     cross_entropy: sqrt(a) (diag(sqrt p) - p sqrt(p)^T) per position, beta = g / sqrt(a p); mse and bce: diagonal;
-    otherwise the square root of the Hessian by autograd, its negative eigenvalues set to 0.
+    otherwise the square root of the Hessian by autograd, its negative eigenvalues set to 0, and a last column for the
+    part of g outside its range (a column without curvature).
     """
     if loss.kind == "other":
         phi = lambda v: loss.call(v.reshape(1, *x.shape), target[None])  # noqa: E731
         half, inverse, _ = _half(torch.autograd.functional.hessian(phi, x.flatten()))
-        return half, inverse @ g
+        outside = g - half @ (inverse @ g)
+        return torch.cat([half, outside[:, None]], 1), torch.cat([inverse @ g, torch.ones(1).double()])
     a = loss_scale(x, target, loss)
     if loss.kind == "cross_entropy":
         axis = _class_axis(x.shape, loss)
@@ -438,7 +440,7 @@ def terminal_model(x_T: Tensor, target: Tensor, loss: Loss, settings: Settings, 
     S = torch.stack([S_i for S_i, _ in factors])
     beta = torch.stack([beta_i for _, beta_i in factors])
     curved = torch.ones(S.shape[2]).double()
-    if kind == "sampled":
+    if kind == "sampled" or (kind == "exact" and loss.kind == "other"):
         curved[-1] = 0.0
     return Terminal(J, w, phi, S, beta, curved)
 

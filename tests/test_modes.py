@@ -74,14 +74,27 @@ def test_known_losses_equal_oracle(case, terminal):
     compare(case, Settings(**{"lr": 0.5, **TERMINALS[terminal]}), batch=3)
 
 
-@pytest.mark.parametrize("terminal", [{"curvature": 2.0}, {"curvature": 2.0, "rank": 2}, {"curvature": 2.0, "rank": None}, {"terminal": "residual"}, {"terminal": "gradient", "lr": 0.1}, {"terminal": "exact"}], ids=str)
+@pytest.mark.parametrize(
+    "terminal",
+    [
+        {"curvature": 2.0},
+        {"curvature": 2.0, "rank": 2},
+        {"curvature": 2.0, "rank": None},
+        {"terminal": "residual"},
+        {"terminal": "gradient", "lr": 0.1},
+        {"terminal": "exact"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("case", OTHER, ids=name)
 def test_other_losses_equal_oracle(case, terminal):
     compare(case, Settings(**terminal), batch=3)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-@pytest.mark.parametrize("case", [c for c in cases() if c.name in ("mlp-tanh", "residual", "looped", "tied-embedding", "bare")], ids=name)
+@pytest.mark.parametrize(
+    "case", [c for c in cases() if c.name in ("mlp-tanh", "residual", "looped", "tied-embedding", "bare")], ids=name
+)
 def test_decay_and_momentum_over_steps_equal_oracle(case, extra):
     compare(case, Settings(**EXTRAS[extra]), steps=3, batch=3)
 

@@ -226,6 +226,23 @@ def test_exact_is_the_hessian_and_bound_lies_above_it(c):
             assert torch.linalg.matrix_rank(A) == torch.linalg.matrix_rank(hessian, rtol=1e-9)
 
 
+def test_exact_of_a_loss_without_convexity_keeps_the_positive_part():
+    loss = Loss("other", lambda o, y: torch.cos(o - y).sum())
+    o, y = torch.tensor([[0.5, 3.0, 2.0]]).double(), torch.zeros(1, 3).double()
+    model = terminal_model(o, y, loss, Settings(terminal="exact"), None)
+    torch.testing.assert_close(model.S[0] @ model.S[0].T, (-torch.cos(o[0])).clamp(min=0).diag())
+    torch.testing.assert_close(model.S[0] @ model.beta[0], torch.tensor([0.0, 1.0, 1.0]).double() * -torch.sin(o[0]))
+
+
+def test_a_parameter_without_step_size_has_neither_du_nor_buffer():
+    c = case("mlp")
+    names = [name for stage in c.stages() for name in stage.controls]
+    result = one_step(c, Settings(lr=dict.fromkeys(names[2:], 1.0), momentum=0.9, weight_decay=0.1))
+    assert set(result.buffers) == set(names[2:])
+    for name in names[:2]:
+        assert torch.equal(result.params[name], params_of(c)[name])
+
+
 @pytest.mark.parametrize("name", ["mlp", "mlp-soft", "mlp-mse", "mlp-bce-weighted", "attention-ignore", "segmenter"])
 def test_bound_is_tight_somewhere(name):
     """A larger A would pass for a majorant as well: at its worst output the Hessian touches A (two equal classes)."""

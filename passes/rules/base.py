@@ -80,7 +80,15 @@ class Rule:
 
     name: ClassVar[str] = "generic"
 
-    def __init__(self, node: fx.Node, values: dict[fx.Node, Any], cotangent: Tensor, arguments: Sequence[fx.Node], layouts: dict[fx.Node, Layout], batch: int) -> None:
+    def __init__(
+        self,
+        node: fx.Node,
+        values: dict[fx.Node, Any],
+        cotangent: Tensor,
+        arguments: Sequence[fx.Node],
+        layouts: dict[fx.Node, Layout],
+        batch: int,
+    ) -> None:
         self.node, self.values, self.arguments = node, values, tuple(arguments)
         self.cotangent, self.layouts, self.batch = cotangent, layouts, batch
         self.columns = cotangent.shape[0]
@@ -125,7 +133,11 @@ class Rule:
 
     def _columns(self, argument: fx.Node) -> Tensor:
         """Per-sample VJP: vmap over samples and columns of the operator on a batch of one."""
-        mapped = [n for n in self.node.all_input_nodes if n in self.layouts and n not in self.arguments and isinstance(self.values[n], Tensor)]
+        mapped = [
+            n
+            for n in self.node.all_input_nodes
+            if n in self.layouts and n not in self.arguments and isinstance(self.values[n], Tensor)
+        ]
         samples = [batch_first(self.values[n], self.layouts[n], self.batch) for n in mapped]
         h = batch_first(self.cotangent, self.layouts[self.node], self.batch, at=1).movedim(0, 1)
         value = self.values[argument]
@@ -204,7 +216,9 @@ def prefer_grams(p: int, i: int, o: int, g: int, r: int) -> bool:
     return grams < products
 
 
-def spatial_columns(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def spatial_columns(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
     """Patches of a 2-D convolution's input: (B, C kh kw, L)."""
     return F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
 

@@ -48,7 +48,9 @@ class Convolution(Rule):
         source, weight = self.node.args[0], self.node.args[1]
         assert isinstance(source, fx.Node)
         kernel = self.values[weight].shape[2:]
-        columns = spatial_columns(self.values[source], kernel, self._option(3, 1), self._option(4, 0), self._option(5, 1))
+        columns = spatial_columns(
+            self.values[source], kernel, self._option(3, 1), self._option(4, 0), self._option(5, 1)
+        )
         return columns.unflatten(1, (self.groups, -1))
 
     @cached_property

@@ -24,7 +24,9 @@ class Linear(Rule):
     @classmethod
     def matches(cls, node: fx.Node, arguments: Sequence[fx.Node]) -> bool:
         """The input carries the batch and the parameters are weight and bias."""
-        return node.target is torch.ops.aten.linear.default and node.args[0] not in arguments and node.args[1] in arguments
+        return (
+            node.target is torch.ops.aten.linear.default and node.args[0] not in arguments and node.args[1] in arguments
+        )
 
     @cached_property
     def x(self) -> Tensor:
