@@ -13,8 +13,10 @@ from ddpn_fx.passes.lower import parts
 
 
 def graphs(net: CompiledModule) -> dict[str, fx.GraphModule]:
-    """Name -> graph: ``captured`` (in normal form), ``stage0`` ..., and of each compiled step
-    ``simulate``, ``backward``, ``feedback`` and ``step`` (the fused program), numbered from the second on.
+    """Every generated graph by name.
+
+    ``captured`` (in normal form), ``stage0`` ..., and of each compiled step ``simulate``, ``backward``,
+    ``feedback`` and ``step`` (the fused program), numbered from the second on.
     """
     return {name: module for name, (module, _) in graphs_with_inputs(net).items()}
 

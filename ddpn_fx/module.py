@@ -62,11 +62,13 @@ def compile(
         raise TypeError(f"ddpn_fx.compile: model must be an nn.Module, not {type(model).__name__}")
     if loss is not None and not callable(loss):
         raise TypeError(
-            f"ddpn_fx.compile: loss must be a callable (output, target) -> scalar, not {type(loss).__name__}; for instance loss=torch.nn.functional.cross_entropy"
+            f"ddpn_fx.compile: loss must be a callable (output, target) -> scalar, not {type(loss).__name__}; "
+            "for instance loss=torch.nn.functional.cross_entropy"
         )
     if not disable and isinstance(backend, str) and backend not in torch._dynamo.list_backends(exclude_tags=()):
         raise ValueError(
-            f"ddpn_fx.compile: backend={backend!r} is not known to torch.compile; choose one of {torch._dynamo.list_backends()}, or 'eager'"
+            f"ddpn_fx.compile: backend={backend!r} is not known to torch.compile; "
+            f"choose one of {torch._dynamo.list_backends()}, or 'eager'"
         )
     options = {
         "loss": loss,
@@ -83,6 +85,8 @@ def compile(
 
 class CompiledModule(nn.Module):
     """What :func:`compile` returns; not made directly."""
+
+    _forward: Callable[..., Any] | None
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -213,13 +217,13 @@ class CompiledModule(nn.Module):
         delattr(self._original, name)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._original[index]  # type: ignore[index]
+        return self._original[index]
 
     def __len__(self) -> int:
-        return len(self._original)  # type: ignore[arg-type]
+        return len(self._original)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._original)  # type: ignore[call-overload]
+        return iter(self._original)
 
     def __bool__(self) -> bool:
         return True

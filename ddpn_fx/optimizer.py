@@ -137,7 +137,8 @@ class DDPNOpt(Optimizer):
                 unknown = set(group) - {"params", *_GROUP_KEYS, "initial_lr", "name"}
                 if unknown:
                     raise ValueError(
-                        f"DDPNOpt: a parameter group has the unknown option {sorted(unknown)[0]!r}; groups take {', '.join(_GROUP_KEYS)}"
+                        f"DDPNOpt: a parameter group has the unknown option {sorted(unknown)[0]!r}; "
+                        f"groups take {', '.join(_GROUP_KEYS)}"
                     )
                 members = group["params"]
             else:
@@ -146,7 +147,8 @@ class DDPNOpt(Optimizer):
                 tensor = p[1] if isinstance(p, tuple) else p
                 if id(tensor) not in known:
                     raise ValueError(
-                        f"DDPNOpt: a parameter of shape {tuple(tensor.shape)} in params is not a parameter of the compiled model"
+                        f"DDPNOpt: a parameter of shape {tuple(tensor.shape)} in params is not a parameter of the "
+                        "compiled model"
                     )
         return groups
 
@@ -183,11 +185,13 @@ class DDPNOpt(Optimizer):
         loss = self.net._options["loss"]
         if loss is None and target is not None:
             raise TypeError(
-                "DDPNOpt.train_step: a target was given, but ddpn_fx.compile had loss=None: the model returns its own loss. Pass loss= to ddpn_fx.compile, or call train_step(inputs)"
+                "DDPNOpt.train_step: a target was given, but ddpn_fx.compile had loss=None: "
+                "the model returns its own loss. Pass loss= to ddpn_fx.compile, or call train_step(inputs)"
             )
         if loss is not None and target is None:
             raise TypeError(
-                "DDPNOpt.train_step: the loss needs a target: train_step(inputs, target). For a model that returns its own loss use ddpn_fx.compile(model, loss=None)"
+                "DDPNOpt.train_step: the loss needs a target: train_step(inputs, target). "
+                "For a model that returns its own loss use ddpn_fx.compile(model, loss=None)"
             )
         args, kwargs = split_inputs(inputs)
         targets = () if loss is None else (target,)
@@ -210,7 +214,7 @@ class DDPNOpt(Optimizer):
             self._raise_fault()
         return self.stats["loss"]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
         """Not available: the step needs the batch, which ``loss.backward()`` does not keep.
 
         Raises:
@@ -227,13 +231,17 @@ class DDPNOpt(Optimizer):
         fault = float(self.stats["fault"])
         if fault == FAULT_FLOOR:
             raise LossError(
-                f"DDPNOpt.train_step: a sample's loss is below loss_floor={self._factor.floor!r} "  # type: ignore[attr-defined]
-                f"(batch loss {float(self.stats['loss']):.6g}); no weight was changed. Pass the loss's true least value as loss_floor="
+                "DDPNOpt.train_step: a sample's loss is below "
+                f"loss_floor={self._factor.floor!r} "  # type: ignore[attr-defined]
+                f"(batch loss {float(self.stats['loss']):.6g}); no weight was changed. "
+                "Pass the loss's true least value as loss_floor="
             )
         if fault == FAULT_MIXING:
             raise LossError(
-                "DDPNOpt.train_step: the loss mixes the samples of the batch (dJ/dx_T of a sample is not along the gradient of the sample's own loss), "
-                "so it has no per-sample terminal model; no weight was changed. Use terminal='gradient', or a loss that is a weighted sum over samples"
+                "DDPNOpt.train_step: the loss mixes the samples of the batch "
+                "(dJ/dx_T of a sample is not along the gradient of the sample's own loss), "
+                "so it has no per-sample terminal model; no weight was changed. Use terminal='gradient', "
+                "or a loss that is a weighted sum over samples"
             )
 
     # -- programs ----------------------------------------------------------------------------------
@@ -247,8 +255,10 @@ class DDPNOpt(Optimizer):
         mode = self._mode(chain)
         if chain.mixing is not None and self.feedback:
             raise StagingError(
-                f"DDPNOpt.train_step: {describe(chain.mixing)} mixes the samples of the batch, so a sample has no state of its own; "
-                "use feedback=False (plain gradient steps), or a norm over each sample (GroupNorm, LayerNorm) in its place"
+                f"DDPNOpt.train_step: {describe(chain.mixing)} mixes the samples of the batch, "
+                "so a sample has no state of its own; "
+                "use feedback=False (plain gradient steps), or a norm over each sample "
+                "(GroupNorm, LayerNorm) in its place"
             )
         program = Program(chain, mode, batch, leaves)
         params = dict(net.named_parameters(remove_duplicate=False))
@@ -421,7 +431,8 @@ def _check_batch(args: Any, kwargs: Any, targets: Any) -> int:
     leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
     if not leaves:
         raise ValueError(
-            "DDPNOpt.train_step: inputs holds no tensor with a batch dimension; pass a tensor, a tuple or a dict of tensors"
+            "DDPNOpt.train_step: inputs holds no tensor with a batch dimension; "
+            "pass a tensor, a tuple or a dict of tensors"
         )
     batch = leaves[0].shape[0]
     if batch == 0:

@@ -38,11 +38,13 @@ def make(name: str, *, rank: int | None, curvature: float | None, loss_floor: fl
         raise ValueError(f"DDPNOpt: rank={rank!r} must be a positive integer, or None for all columns")
     if name in ("residual", "gradient") and rank != 1:
         raise ValueError(
-            f"DDPNOpt: terminal={name!r} has one column, so rank={rank!r} has no meaning there; leave rank=1 or take terminal='bound'"
+            f"DDPNOpt: terminal={name!r} has one column, so rank={rank!r} has no meaning there; "
+            "leave rank=1 or take terminal='bound'"
         )
     if name == "exact" and rank not in (None, 1):
         raise ValueError(
-            f"DDPNOpt: terminal='exact' always has all columns, so rank={rank!r} has no meaning there; leave rank out or take terminal='bound'"
+            f"DDPNOpt: terminal='exact' always has all columns, so rank={rank!r} has no meaning there; "
+            "leave rank out or take terminal='bound'"
         )
     if name == "sampled" and rank is None:
         raise ValueError("DDPNOpt: terminal='sampled' draws `rank` columns: give a positive integer")
@@ -124,7 +126,8 @@ class Bound:
         )
         if self.rank > dimension:
             raise LossError(
-                f"DDPNOpt: rank={self.rank} exceeds the {dimension} directions of the loss's curvature; take rank=None for all of them"
+                f"DDPNOpt: rank={self.rank} exceeds the {dimension} directions of the loss's curvature; "
+                "take rank=None for all of them"
             )
         return self._random(phi, majorant, positive, whitened, s, fault)
 
@@ -133,8 +136,10 @@ class Bound:
         if phi.curvature is None or self.curvature is not None:
             if self.curvature is None:
                 raise LossError(
-                    "DDPNOpt: terminal='bound' knows the curvature of cross_entropy, mse_loss and binary_cross_entropy_with_logits alone. "
-                    "For this loss pass curvature=L with L an upper bound of its Hessian in the model's output, or terminal='residual'"
+                    "DDPNOpt: terminal='bound' knows the curvature of "
+                    "cross_entropy, mse_loss and binary_cross_entropy_with_logits alone. "
+                    "For this loss pass curvature=L with L an upper bound of its Hessian in the model's output, "
+                    "or terminal='residual'"
                 )
             return torch.full_like(phi.x, self.curvature)
         return phi.curvature * {"cross_entropy": 0.5, "mse": 1.0, "bce": 0.25}[phi.kind]
@@ -291,7 +296,9 @@ class Sampled:
         """rank + 1 columns."""
         if phi.curvature is None:
             raise LossError(
-                "DDPNOpt: terminal='sampled' draws labels from cross_entropy, mse_loss and binary_cross_entropy_with_logits alone; for this loss take terminal='residual'"
+                "DDPNOpt: terminal='sampled' draws labels from "
+                "cross_entropy, mse_loss and binary_cross_entropy_with_logits alone; "
+                "for this loss take terminal='residual'"
             )
         root = phi.curvature.sqrt()
         options: dict[str, Any] = {"dtype": phi.x.dtype, "device": phi.x.device}

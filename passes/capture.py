@@ -50,8 +50,9 @@ class Objective(nn.Module):
             scalars = [t for t in leaves if t.numel() == 1]
             if not scalars:
                 raise CaptureError(
-                    f"ddpn_fx.compile(loss=None): {type(self.model).__name__} must return its scalar loss, but returned "
-                    f"{[tuple(t.shape) for t in leaves]}; pass loss=, for instance loss=torch.nn.functional.cross_entropy"
+                    f"ddpn_fx.compile(loss=None): {type(self.model).__name__} must return its scalar loss, "
+                    f"but returned {[tuple(t.shape) for t in leaves]}; pass loss=, "
+                    "for instance loss=torch.nn.functional.cross_entropy"
                 )
             return (scalars[0],)
         if self.criterion is None or not target:
@@ -60,7 +61,8 @@ class Objective(nn.Module):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise CaptureError(
-                f"ddpn_fx.compile: the loss must return a scalar tensor, but returned {shape}; use reduction='mean' or 'sum'"
+                f"ddpn_fx.compile: the loss must return a scalar tensor, but returned {shape}; "
+                "use reduction='mean' or 'sum'"
             )
         return (loss, *leaves)
 
@@ -192,7 +194,8 @@ def _export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> t
         elif "Constraints violated" in text or "specialized" in text.lower():
             hint = " The model does not take every batch size: a size of the batch is fixed somewhere in it."
         raise CaptureError(
-            f"ddpn_fx.compile: torch.export could not capture {type(objective.model).__name__}.{hint}\n{_user_frame(error)}{text}"
+            f"ddpn_fx.compile: torch.export could not capture {type(objective.model).__name__}.{hint}\n"
+            f"{_user_frame(error)}{text}"
         ) from error
 
 
@@ -233,7 +236,8 @@ def _signature(
     unsupported = [s for s in specs if s.kind.name == "USER_INPUT_MUTATION"]
     if unsupported:
         raise CaptureError(
-            f"ddpn_fx.compile: the model writes into its input {unsupported[0].target!r}; clone it first (`x = x.clone()`)"
+            f"ddpn_fx.compile: the model writes into its input {unsupported[0].target!r}; "
+            "clone it first (`x = x.clone()`)"
         )
     outputs = [i for i, s in enumerate(specs) if s.kind.name == "USER_OUTPUT"]
     names = [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT"]
@@ -305,13 +309,16 @@ def _self_check(objective: Objective, captured: Captured, spec: Any) -> None:
     for want, have in zip(eager, got, strict=False):
         if not _close(want, have):
             raise CaptureError(
-                f"ddpn_fx.compile: the captured graph of {type(model).__name__} computes another output than the model (largest difference {_gap(want, have):.3g}); please report the model"
+                f"ddpn_fx.compile: the captured graph of {type(model).__name__} computes another output than the model "
+                f"(largest difference {_gap(want, have):.3g}); please report the model"
             )
     wrong = [n for n, a, b in zip(trainable, expected, actual, strict=True) if not _close(a, b)]
     if wrong:
         raise CaptureError(
-            f"ddpn_fx.compile: the captured graph of {type(model).__name__} gives another gradient than the model for {', '.join(wrong)} "
-            "(torch.export drops custom autograd.Function backwards and no_grad regions); write these with differentiable operators, or freeze the parameters"
+            f"ddpn_fx.compile: the captured graph of {type(model).__name__} gives another gradient than the model for "
+            f"{', '.join(wrong)} "
+            "(torch.export drops custom autograd.Function backwards and no_grad regions); "
+            "write these with differentiable operators, or freeze the parameters"
         )
     for name, index in captured.mutations.items():
         if not _close(after[name], flat[index]):

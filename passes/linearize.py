@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +26,7 @@ from ddpn_fx.passes.errors import StagingError
 from ddpn_fx.passes.ir import Chain, Kind, ParamUse, Stage
 from ddpn_fx.passes.provenance import describe, label, origin
 from ddpn_fx.passes.rules import Rule, rule_by_name
+from ddpn_fx.passes.rules.base import vjp
 
 Env = dict[fx.Node, Any]
 Cotangents = dict[fx.Node, Tensor]
@@ -90,7 +91,7 @@ class Parameters:
         def value(*tensors: Tensor) -> Any:
             return Parameters(self.chain, {**self.params, **dict(zip(names, tensors, strict=True))}, self.context)[node]
 
-        return names, torch.func.vjp(value, *[self.params[n] for n in names])[1]
+        return names, vjp(value, *[self.params[n] for n in names])[1]
 
 
 def call(node: fx.Node, lookup: Callable[[fx.Node], Any]) -> Any:
@@ -190,9 +191,12 @@ def _with_pullback(
     if isinstance(probe, Tensor):
         if not probe.is_floating_point():
             return call(node, lookup), lambda h: tuple(torch.zeros_like(lookup(s)) for s in sources)
-        (value,), pull = torch.func.vjp(function, *[lookup(s) for s in sources])
+        (value,), pull = vjp(function, *[lookup(s) for s in sources])
         return value, lambda h: pull((h,))
-    floats, pull, rest = torch.func.vjp(function, *[lookup(s) for s in sources], has_aux=True)
+    floats, pull, rest = cast(
+        tuple[tuple[Tensor, ...], Callable[..., Any], tuple[Any, ...]],
+        torch.func.vjp(function, *[lookup(s) for s in sources], has_aux=True),
+    )
     mask = shape[-1]
     from_floats, from_rest = iter(floats), iter(rest)
     value = tuple(next(from_floats) if f else next(from_rest) for f in mask)
@@ -266,7 +270,8 @@ def rules(
             continue
         if use.node not in chain.layouts:
             raise StagingError(
-                f"ddpn_fx: the batch is in no single dimension of {describe(use.node)}, which uses {', '.join(p for ps in use.parameters for p in ps)}"
+                f"ddpn_fx: the batch is in no single dimension of {describe(use.node)}, "
+                f"which uses {', '.join(p for ps in use.parameters for p in ps)}"
             )
         values = {n: (env[n] if n in env else parameters[n]) for n in use.node.all_input_nodes}
         found.append(

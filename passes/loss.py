@@ -23,7 +23,7 @@ from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.ir import Chain, Kind
 from ddpn_fx.passes.linearize import Env, call
 from ddpn_fx.passes.provenance import describe
-from ddpn_fx.passes.rules.base import accumulate_dtype
+from ddpn_fx.passes.rules.base import accumulate_dtype, vjp
 
 aten = torch.ops.aten
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
@@ -83,7 +83,8 @@ def flatten_state(chain: Chain, env: Env, batch: int) -> Tensor:
         layout = chain.layouts.get(node)
         if layout is None or layout.dim != 0:
             raise LossError(
-                f"ddpn_fx: the batch is not the first dimension of {describe(node)}, which the loss reads; permute it first"
+                f"ddpn_fx: the batch is not the first dimension of {describe(node)}, which the loss reads; "
+                "permute it first"
             )
         parts.append(env[node].reshape(batch, -1))
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -172,7 +173,7 @@ def _finish(
     classes: tuple[int, int, int] | None = None,
 ) -> Phi:
     """Assemble a known loss from its per-sample function of (B, D) logits."""
-    _, pull = torch.func.vjp(lambda z: per_sample(z), x)
+    _, pull = vjp(lambda z: per_sample(z), x)
     value = per_sample(x)
     (gradient,) = pull(torch.ones_like(value))
     return Phi(kind, evaluate_loss(chain, env), value, weight, gradient, torch.zeros_like(value), curvature, x, classes)
@@ -263,7 +264,8 @@ def _elementwise(kind: str, chain: Chain, env: Env, batch: int, o: dict[str, Any
     shape = torch.broadcast_shapes(x.shape, target.shape)
     if tuple(shape) != tuple(x.shape):
         raise LossError(
-            f"ddpn_fx: the loss broadcasts the output {tuple(x.shape)} against the target {tuple(target.shape)}; give them the same shape"
+            f"ddpn_fx: the loss broadcasts the output {tuple(x.shape)} against the target {tuple(target.shape)}; "
+            "give them the same shape"
         )
     normal = float(flat.shape[1]) if _REDUCTIONS[o["reduction"]] == "mean" else 1.0
     weight = flat.new_full((batch,), 1.0 / batch if normal != 1.0 or _REDUCTIONS[o["reduction"]] == "mean" else 1.0)
@@ -333,7 +335,8 @@ def single_sample(chain: Chain, env: Env, params: dict[str, Tensor], buffers: di
     fixed = {n for n in wanted if chain.kinds[n] in (Kind.NOISE, Kind.PARAMETER)}
     if fixed:
         raise LossError(
-            f"ddpn_fx: the loss itself draws random numbers or uses parameters ({'; '.join(describe(n) for n in fixed)}); use terminal='gradient', or move them into the model"
+            "ddpn_fx: the loss itself draws random numbers or uses parameters "
+            f"({'; '.join(describe(n) for n in fixed)}); use terminal='gradient', or move them into the model"
         )
     shapes = {n: tuple(env[n].shape[1:]) for n in chain.terminal}
 

@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import fx
@@ -78,14 +79,12 @@ def _like(new: fx.Node, old: fx.Node, val: object = None) -> fx.Node:
 def _norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Take the affine part out of layer, group and RMS norms."""
     args = list(node.args)
-    if node.target is aten.layer_norm.default:
-        at, tail = 2, ()
-    elif node.target is aten.group_norm.default:
+    at = 2
+    tail: tuple[int, ...] = ()
+    if node.target is aten.group_norm.default:
         value = node.meta["val"]
-        at, tail = 2, (-1, *([1] * (value.dim() - 2)))
-    elif node.target is aten.rms_norm.default:
-        at, tail = 2, ()
-    else:
+        tail = (-1, *([1] * (value.dim() - 2)))
+    elif node.target not in (aten.layer_norm.default, aten.rms_norm.default):
         return None
     affine = [
         a if isinstance(a, fx.Node) else None
@@ -114,15 +113,15 @@ def _dropout(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """``native_dropout(x, p, train)`` -> ``x * mask`` with ``mask = (rand_like(x) >= p) / (1 - p)``."""
     if node.target is aten.dropout.default:
         x, p, train = node.args
-    elif node.target is operator.getitem and node.args[0].target is aten.native_dropout.default and node.args[1] == 0:  # type: ignore[union-attr]
-        x, p, train = node.args[0].args  # type: ignore[union-attr]
+    elif node.target is operator.getitem and node.args[0].target is aten.native_dropout.default and node.args[1] == 0:
+        x, p, train = node.args[0].args
     else:
         return None
     assert isinstance(x, fx.Node)
     if not train or p == 0.0:
         return x
     val = x.meta.get("val")
-    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - float(p))  # type: ignore[arg-type]
+    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - float(cast(float, p)))
     with graph.inserting_before(node):
         uniform = _like(graph.call_function(aten.rand_like.default, (x,)), node, val)
         keep = _like(graph.call_function(aten.ge.Scalar, (uniform, p)), node, None if val is None else val >= 0)
@@ -151,12 +150,12 @@ def _matmul(parameter_only: set[fx.Node]) -> Rewrite:
             or x in parameter_only
             or weight.meta["val"].dim() != 2
             or x.meta["val"].dim() < 2
-        ):  # type: ignore[union-attr]
+        ):
             return None
         with graph.inserting_before(node):
             transposed = _like(
                 graph.call_function(aten.permute.default, (weight, [1, 0])), node, weight.meta["val"].permute(1, 0)
-            )  # type: ignore[union-attr]
+            )
             parameter_only.add(transposed)
             return _like(
                 graph.call_function(aten.linear.default, (x, transposed, *(() if bias is None else (bias,)))), node
@@ -171,9 +170,9 @@ def _reshape(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         with graph.inserting_before(node):
             return _like(graph.call_function(aten.reshape.default, node.args), node)
     if node.target is aten.alias.default:
-        return node.args[0]  # type: ignore[return-value]
-    if node.target is operator.getitem and node.args[0].target is aten.broadcast_tensors.default:  # type: ignore[union-attr]
-        source = node.args[0].args[0][node.args[1]]  # type: ignore[union-attr,index]
+        return cast(fx.Node, node.args[0])
+    if node.target is operator.getitem and node.args[0].target is aten.broadcast_tensors.default:
+        source = cast(Sequence[fx.Node], node.args[0].args[0])[cast(int, node.args[1])]
         if str(source.meta["val"].shape) == str(node.meta["val"].shape):
             return source
     return None

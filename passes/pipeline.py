@@ -45,7 +45,7 @@ def build_chain(
     with timed("capture", records) as record:
         captured = capture(model, loss, args, kwargs, target, module_loss=module_loss)
         record.after = op_counts(captured.module.graph)
-    params = dict(model.named_parameters(remove_duplicate=False))
+    params: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     with timed("normalize", records, captured.module.graph) as record:
         trainable = {k for k, v in captured.params.items() if params[v].requires_grad}

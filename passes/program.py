@@ -184,7 +184,7 @@ class Program:
         self.trained = [p for ps in self.controls for p in ps]
 
     def kernels(self) -> AbstractContextManager[None]:
-        """Attention as plain operators where several columns are pulled back: its fused backward has no batching rule."""
+        """Attention as plain operators where several columns are pulled back: its fused backward cannot be batched."""
         if not self.mode.feedback or self.mode.terminal.single_column:
             return nullcontext()
         return sdpa_kernel(SDPBackend.MATH)
@@ -278,7 +278,8 @@ class Program:
             assert trajectory.phi is not None
             phi = trajectory.phi
             factors = self.mode.terminal.factors(phi)
-            group = {"batch": self.batch, "sample": 1}.get(self.mode.coupling, self.mode.coupling)  # type: ignore[call-overload]
+            sizes: dict[str | int, int] = {"batch": self.batch, "sample": 1}
+            group = sizes.get(self.mode.coupling, self.mode.coupling)
             blocks = Blocks(self.batch, factors.S.shape[1], min(int(group), self.batch))
             weight = phi.weight[:, None].expand_as(factors.beta)
             scale = torch.ones_like(weight) if self.mode.coupling == "sample" else weight
@@ -538,7 +539,7 @@ class Program:
     def buffer_nodes(self) -> dict[str, fx.Node]:
         """The user's buffer name -> the node of its new value."""
         outputs = next(n for n in self.chain.graph.nodes if n.op == "output").args[0]
-        return {name: outputs[i] for name, i in self.chain.captured.mutations.items()}  # type: ignore[index,misc]
+        return {name: outputs[i] for name, i in self.chain.captured.mutations.items()}
 
     def new_module_buffers(self, trajectory: Trajectory) -> dict[str, Tensor]:
         """New values of the buffers that the model's forward pass updates."""

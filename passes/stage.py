@@ -75,14 +75,16 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     users = [n for n in chain_nodes if any(kind.get(a) is Kind.PARAMETER for a in n.all_input_nodes)]
     if not users:
         raise StagingError(
-            "ddpn_fx.compile: no operator of the model uses a trainable parameter; set requires_grad=True on what is to be trained"
+            "ddpn_fx.compile: no operator of the model uses a trainable parameter; "
+            "set requires_grad=True on what is to be trained"
         )
     phi, terminal, loss_node = _terminal(order, users, marks, loss, kind, flow, sizes, layouts)
     body = [n for n in order if n not in phi]
     late = [n for n in users if n in phi]
     if late:
         raise StagingError(
-            f"ddpn_fx.compile: the loss itself uses trainable parameters, after the model's output: {'; '.join(describe(n) for n in late)}; move them into the model"
+            "ddpn_fx.compile: the loss itself uses trainable parameters, after the model's output: "
+            f"{'; '.join(describe(n) for n in late)}; move them into the model"
         )
     mixes = mixing if mixing is not None and mixing not in phi else None
     sources = _parameter_sources(captured, kind, trainable)
@@ -230,7 +232,8 @@ def _cut(
         else:
             groups.append([node])
     stages: list[Stage] = []
-    start, state = 0, ()
+    start = 0
+    state: tuple[fx.Node, ...] = ()
     pending = 0
     for this, following in zip(groups, [*groups[1:], None], strict=True):
         pending += 1
@@ -246,7 +249,10 @@ def _cut(
             end, out = at, tuple(_live(body, at, keep, kind))
             why = f"{len(out)} live tensor{'s' * (len(out) > 1)}, the fewest elements before {describe(following[0])}"
         if pending > 1:
-            why += f"; holds {pending} parametrised operators, since between them no place has every live tensor batch-first"
+            why += (
+                f"; holds {pending} parametrised operators, "
+                "since between them no place has every live tensor batch-first"
+            )
         stages.append(Stage(len(stages), body[start : end + 1], state, out, cut=why))
         start, state, pending = end + 1, out, 0
     return stages

@@ -37,7 +37,7 @@ class Affine(Rule):
         if any(not isinstance(v, Tensor) for v in values):
             return False
         out, x, p = values
-        return x.dim() == out.dim() and p.dim() <= out.dim() and x.dtype == out.dtype  # type: ignore[union-attr]
+        return x.dim() == out.dim() and p.dim() <= out.dim() and x.dtype == out.dtype
 
     @cached_property
     def scaled(self) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
+    """``torch.func.vjp`` without ``has_aux``: the value and its pullback (torch types it as two values or three)."""
+    return cast(tuple[Any, Callable[..., Any]], torch.func.vjp(function, *primals))
+
+
 def batch_first(t: Tensor, layout: Layout, batch: int, at: int = 0) -> Tensor:
     """Bring a value with ``at`` leading dimensions to (*leading, B, inner, ...)."""
     return t.movedim(layout.dim + at, at).unflatten(at, (batch, layout.inner))
@@ -108,7 +113,7 @@ class Rule:
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Gamma omega, of the argument's shape; omega: (B, R). One VJP of the whole batch."""
         value = self.values[argument]
-        _, pull = torch.func.vjp(lambda p: self._apply(self.values, {argument: p}), value)
+        _, pull = vjp(lambda p: self._apply(self.values, {argument: p}), value)
         return pull(self.weighted(omega))[0]
 
     def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
@@ -147,7 +152,7 @@ class Rule:
             sample = {**self.values, **single}
             for n, x in zip(mapped, x_i, strict=True):
                 sample[n] = x.movedim(0, self.layouts[n].dim)
-            _, pull = torch.func.vjp(lambda p: self._apply(sample, {argument: p}), value)
+            _, pull = vjp(lambda p: self._apply(sample, {argument: p}), value)
             return torch.func.vmap(lambda c: pull(c.movedim(0, self.layouts[self.node].dim))[0])(h_i)
 
         return torch.func.vmap(columns)(h, *samples)
@@ -210,7 +215,7 @@ def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks) -> Tensor:
 
 
 def prefer_grams(p: int, i: int, o: int, g: int, r: int) -> bool:
-    """Cost model: Grams over positions, or per-sample products? (multiply-adds of one block.)"""
+    """Whether Grams over positions cost less than per-sample products, in multiply-adds of one block."""
     grams = (g * p) ** 2 * (i + r * r * o + r * r)
     products = g * r * p * i * o + (g * r) ** 2 * i * o
     return grams < products

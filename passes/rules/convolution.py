@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -33,19 +33,19 @@ class Convolution(Rule):
         value = node.meta.get("val")
         return value is None or value.dim() == 4
 
-    def _option(self, index: int, default: Any) -> list[int]:
-        value = self.node.args[index] if len(self.node.args) > index else default
-        return [value, value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+    def _option(self, index: int, default: int) -> list[int]:
+        value = cast(int | Sequence[int], self.node.args[index]) if len(self.node.args) > index else default
+        return [value, value] if isinstance(value, int) else list(value)
 
     @property
     def groups(self) -> int:
         """S, the convolution's groups."""
-        return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[call-overload]
+        return int(cast(int, self.node.args[6])) if len(self.node.args) > 6 else 1
 
     @cached_property
     def patches(self) -> Tensor:
         """(B, S, I, L)."""
-        source, weight = self.node.args[0], self.node.args[1]
+        source, weight = self.node.args[0], cast(fx.Node, self.node.args[1])
         assert isinstance(source, fx.Node)
         kernel = self.values[weight].shape[2:]
         columns = spatial_columns(
