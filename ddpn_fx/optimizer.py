@@ -16,7 +16,8 @@ from ddpn_fx.module import CompiledModule, split_inputs
 from ddpn_fx.passes.errors import LossError, StagingError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
-from ddpn_fx.passes.program import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode, Program
+from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode
+from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.provenance import describe
 
 _GROUP_KEYS = ("lr", "weight_decay", "momentum")

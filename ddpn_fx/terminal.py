@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.loss import Phi
-from ddpn_fx.passes.program import FAULT_FLOOR, FAULT_MIXING, Factors, TerminalFactor
+from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, Factors, TerminalFactor
 
 NAMES = ("bound", "residual", "gradient", "exact", "sampled")
 # A loss is taken to mix samples where dJ/dx_T^i leaves the direction of grad phi_i by more than this (relative).

@@ -71,6 +71,8 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     """(G, n, n) times (G, n)."""
     if matrix.shape[-1] == 1:
         return matrix[..., 0] * vector
+    if matrix.shape[0] == 1:  # one block: a plain product is faster than a batched one
+        return (matrix[0] @ vector[0])[None]
     return (matrix @ vector[..., None])[..., 0]
 
 

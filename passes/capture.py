@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Captured:
         example: the leaves of the (resized) example batch, for checks by later passes.
         batch: the batch size of ``example``.
         batched: for each leaf whether dimension 0 is the batch.
+        reference: the graph's outputs on ``example``, to check rewrites against.
     """
 
     module: fx.GraphModule
@@ -96,6 +97,7 @@ class Captured:
     example: list[Any]
     batch: int
     batched: list[bool]
+    reference: list[Tensor | None] = field(default_factory=list)
 
 
 def batch_size(leaves: list[Any]) -> int:
@@ -307,12 +309,13 @@ def _self_check(objective: Objective, captured: Captured, spec: Any) -> None:
         ]
         actual = torch.autograd.grad(weigh(got), list(trainable.values()), allow_unused=True)
     for want, have in zip(eager, got, strict=False):
-        if not _close(want, have):
+        if not close(want, have):
             raise CaptureError(
                 f"ddpn_fx.compile: the captured graph of {type(model).__name__} computes another output than the model "
                 f"(largest difference {_gap(want, have):.3g}); please report the model"
             )
-    wrong = [n for n, a, b in zip(trainable, expected, actual, strict=True) if not _close(a, b)]
+    captured.reference = [t.detach() if isinstance(t, Tensor) else None for t in flat]
+    wrong = [n for n, a, b in zip(trainable, expected, actual, strict=True) if not close(a, b)]
     if wrong:
         raise CaptureError(
             f"ddpn_fx.compile: the captured graph of {type(model).__name__} gives another gradient than the model for "
@@ -321,7 +324,7 @@ def _self_check(objective: Objective, captured: Captured, spec: Any) -> None:
             "write these with differentiable operators, or freeze the parameters"
         )
     for name, index in captured.mutations.items():
-        if not _close(after[name], flat[index]):
+        if not close(after[name], flat[index]):
             raise CaptureError(
                 f"ddpn_fx.compile: the captured graph updates buffer {name!r} to another value than the model does"
             )
@@ -336,7 +339,8 @@ def _gap(a: Tensor, b: Tensor) -> float:
     return float((a.detach().double() - b.detach().double()).abs().max()) if a.shape == b.shape else float("inf")
 
 
-def _close(a: Tensor | None, b: Tensor | None) -> bool:
+def close(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal to rounding, relative to the largest entry; None equals zero."""
     if a is None or b is None:
         other = b if a is None else a
         return other is None or not bool(other.detach().any())

@@ -15,8 +15,10 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.capture import Captured, placeholder_values
+from ddpn_fx.passes.capture import Captured, close, placeholder_values
+from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.ir import Kind, Layout
+from ddpn_fx.passes.provenance import describe
 
 aten = torch.ops.aten
 
@@ -72,7 +74,32 @@ def kinds(captured: Captured, trainable: set[str]) -> dict[fx.Node, Kind]:
             found[node] = Kind.NOISE
         else:
             found[node] = Kind.CONTEXT
+    mark_statistics(captured, found)
     return found
+
+
+def mark_statistics(captured: Captured, found: dict[fx.Node, Kind]) -> None:
+    """Turn chain nodes without a batch dimension that the model's body reads into statistics, in place.
+
+    The body is what the model's output (or, for a model that returns its loss, a later parametrised
+    operator) depends on: a loss's own mean over the batch is not a statistic.
+    """
+    graph = captured.module.graph
+    outputs: Any = next(n for n in graph.nodes if n.op == "output").args[0]
+    ends = [outputs[i] for i in captured.output_indices]
+    ends += [
+        n for n, k in found.items() if k is Kind.CHAIN and any(found[a] is Kind.PARAMETER for a in n.all_input_nodes)
+    ]
+    flow = data_flow(graph)
+    body = set().union(*(nx.ancestors(flow, n) for n in ends))
+    symbols = batch_symbols(captured)
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node not in body or found.get(node) is not Kind.CHAIN or not isinstance(value, Tensor):
+            continue
+        batched = any(isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols for s in value.shape)
+        if not batched:
+            found[node] = Kind.STATISTIC
 
 
 def _differentiable(node: fx.Node) -> bool:
@@ -111,10 +138,10 @@ def layouts(captured: Captured, sizes: dict[fx.Node, Any]) -> dict[fx.Node, Layo
 def evaluate(
     captured: Captured,
     values: dict[str, Any],
-    noise: dict[fx.Node, Any] | None = None,
+    held: dict[fx.Node, Any] | None = None,
     kind: dict[fx.Node, Kind] | None = None,
 ) -> dict[fx.Node, Any]:
-    """Every node's value; with ``noise``, noise nodes take the values given there."""
+    """Every node's value; with ``held``, noise and batch statistics take the values given there."""
     env: dict[fx.Node, Any] = {}
     for node in captured.module.graph.nodes:
         if node.op == "placeholder":
@@ -126,8 +153,8 @@ def evaluate(
                 else getattr(captured.module, node.target)
             )
         elif node.op == "call_function":
-            if noise is not None and kind is not None and kind[node] is Kind.NOISE:
-                env[node] = noise[node]
+            if held is not None and kind is not None and kind[node] in (Kind.NOISE, Kind.STATISTIC):
+                env[node] = held[node]
             else:
                 env[node] = node.target(
                     *fx.node.map_arg(node.args, env.__getitem__), **fx.node.map_arg(node.kwargs, env.__getitem__)
@@ -168,16 +195,43 @@ def probe(
         base = evaluate(captured, placeholder_values(captured, params, buffers, captured.example))
         leaves = perturbed(captured.example, captured.batched)
         moved = evaluate(captured, placeholder_values(captured, params, buffers, leaves), base, kind)
+    _check_rewrites(captured, base, kind)
     sizes = {n: tuple(v.shape) for n, v in base.items() if isinstance(v, Tensor)}
     found = layouts(captured, sizes)
+    outputs: Any = next(n for n in captured.module.graph.nodes if n.op == "output").args[0]
+    ends = (
+        [outputs[i] for i in captured.output_indices] if captured.loss_index is None else [outputs[captured.loss_index]]
+    )
+    judged = set(ends).union(*(nx.ancestors(data_flow(captured.module.graph), n) for n in ends))
     mixing = None
     for node, before in base.items():
-        if kind[node] is not Kind.CHAIN or not isinstance(before, Tensor) or node.op == "placeholder":
+        if (
+            node not in judged
+            or kind[node] is not Kind.CHAIN
+            or not isinstance(before, Tensor)
+            or node.op == "placeholder"
+        ):
             continue
         if _leaks(before, moved[node], found.get(node), captured.batch):
             mixing = node
             break
     return sizes, found, mixing
+
+
+def _check_rewrites(captured: Captured, values: dict[fx.Node, Any], kind: dict[fx.Node, Kind]) -> None:
+    """The normal form's outputs against the captured graph's, where nothing is drawn at random.
+
+    Raises:
+        CaptureError: a rewrite changed what the graph computes.
+    """
+    if Kind.NOISE in kind.values():
+        return
+    outputs: Any = next(n for n in captured.module.graph.nodes if n.op == "output").args[0]
+    for node, want in zip(outputs, captured.reference, strict=True):
+        if want is not None and isinstance(node, fx.Node) and not close(want, values[node]):
+            raise CaptureError(
+                f"ddpn_fx.compile: the normal form computes another value of {describe(node)} than the model"
+            )
 
 
 def _leaks(before: Tensor, after: Tensor, layout: Layout | None, batch: int) -> bool:

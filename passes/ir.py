@@ -26,6 +26,7 @@ class Kind(enum.Enum):
     PARAMETER = "parameter"  # depends on trainable parameters alone: recomputed in the stage that uses it
     CONTEXT = "context"  # depends on data, constants or sizes alone: evaluated once, no derivative
     NOISE = "noise"  # drawn once in the simulation and replayed by the rollout, no derivative
+    STATISTIC = "statistic"  # made from the whole batch (a batch norm's mean): held while samples' columns are pulled
     CHAIN = "chain"  # the state's path: depends on data and controls
 
 
@@ -114,6 +115,11 @@ class Chain:
     mixing: fx.Node | None = None
     parameter_names: tuple[str, ...] = ()
     records: list[PassRecord] = field(default_factory=list)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether samples mix through batch statistics, held for K and exact in the contraction (DESIGN 2.4)."""
+        return any(self.kinds[n] is Kind.STATISTIC for s in self.stages for n in s.nodes)
 
     @property
     def graph(self) -> fx.Graph:

@@ -31,6 +31,9 @@ from ddpn_fx.passes.rules.base import vjp
 Env = dict[fx.Node, Any]
 Cotangents = dict[fx.Node, Tensor]
 
+# Kinds of nodes whose value depends on a control.
+DIFFERENTIATED = (Kind.CHAIN, Kind.STATISTIC)
+
 
 @dataclass
 class Tape:
@@ -139,7 +142,7 @@ def forward(
 
     Args:
         chain: the chain.
-        nodes: chain and noise nodes in graph order; noise already in ``env`` is not drawn again.
+        nodes: the nodes in graph order; noise and statistics already in ``env`` are not made again.
         env: values so far; it is extended.
         parameters: the controls' values.
         stage: index for the labels of generated nodes.
@@ -151,10 +154,10 @@ def forward(
         return env[n] if n in env else parameters[n]
 
     for node in nodes:
-        if chain.kinds[node] is Kind.NOISE and node in env:
+        if chain.kinds[node] in (Kind.NOISE, Kind.STATISTIC) and node in env:
             continue
         with origin(label(node, stage, role)):
-            sources = _sources(chain, node, env) if tape is not None and chain.kinds[node] is Kind.CHAIN else []
+            sources = _sources(chain, node, env) if tape is not None and chain.kinds[node] in DIFFERENTIATED else []
             if tape is None or not sources or node.target is operator.getitem:
                 env[node] = call(node, lookup)
             else:
@@ -168,7 +171,7 @@ def _sources(chain: Chain, node: fx.Node, env: Env) -> list[fx.Node]:
     return [
         a
         for a in node.all_input_nodes
-        if chain.kinds[a] is Kind.CHAIN and isinstance(env[a], Tensor) and env[a].is_floating_point()
+        if chain.kinds[a] in DIFFERENTIATED and isinstance(env[a], Tensor) and env[a].is_floating_point()
     ]
 
 
@@ -204,7 +207,7 @@ def _with_pullback(
 
 
 def pullback(
-    chain: Chain, stage: Stage, tape: Tape, env: Env, cotangents: Cotangents, columns: int
+    chain: Chain, stage: Stage, tape: Tape, env: Env, cotangents: Cotangents, columns: int, *, hold: bool
 ) -> dict[fx.Node, Tensor]:
     """Pull the cotangents of ``x_{t+1}`` back through a stage.
 
@@ -216,6 +219,7 @@ def pullback(
         cotangents: node -> (R, *shape), of the stage's outputs and whatever passes through; the
             entries of the stage's own nodes are consumed, those of its state are added.
         columns: R.
+        hold: hold batch statistics, so that no cotangent goes through them.
 
     Returns:
         The cotangent at each parametrised operator's output, for those that have one.
@@ -223,8 +227,12 @@ def pullback(
     taps: dict[fx.Node, Tensor] = {}
     pieces: dict[fx.Node, dict[int, Tensor]] = {}
     uses = {u.node for u in stage.uses}
+
+    def passes(node: fx.Node) -> bool:
+        return chain.kinds[node] is Kind.CHAIN or (not hold and chain.kinds[node] is Kind.STATISTIC)
+
     for node in reversed(stage.nodes):
-        if chain.kinds[node] is not Kind.CHAIN:
+        if not passes(node):
             continue
         with origin(label(node, stage.index, "backward")):
             if node.target is operator.getitem:
@@ -252,6 +260,8 @@ def pullback(
             sources, pull = tape.pulls[node]
             grads = torch.func.vmap(pull)(*hs) if columns > 1 else tuple(g[None] for g in pull(*[h[0] for h in hs]))
             for source, grad in zip(sources, grads, strict=True):
+                if not passes(source):
+                    continue
                 cotangents[source] = cotangents[source] + grad if source in cotangents else grad
     return taps
 

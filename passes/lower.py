@@ -18,9 +18,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddpn_fx.passes.fuse import fuse
-from ddpn_fx.passes.ir import Kind
 from ddpn_fx.passes.log import PassRecord, op_counts, timed
-from ddpn_fx.passes.program import STATISTICS, Hyper, Program
+from ddpn_fx.passes.mode import STATISTICS, Hyper
+from ddpn_fx.passes.program import Program
+from ddpn_fx.passes.verify import HELD
 
 aten = torch.ops.aten
 
@@ -234,9 +235,7 @@ def parts(
     base = names.flatten(params, buffers, leaves, vector, state)
     chain = program.chain
     kept = list(
-        dict.fromkeys(
-            [n for s in chain.stages for n in (*s.state_in, *(m for m in s.nodes if chain.kinds[m] is Kind.NOISE))]
-        )
+        dict.fromkeys([n for s in chain.stages for n in (*s.state_in, *(m for m in s.nodes if chain.kinds[m] in HELD))])
     )
 
     def simulate(*flat: Tensor) -> list[Tensor]:
@@ -247,23 +246,22 @@ def parts(
 
     def backward(*flat: Tensor) -> list[Tensor]:
         p, b, x, v, _ = names.unflatten(flat[: len(base)], program)
-        trajectory = program.retrace(p, b, x, dict(zip(kept, flat[len(base) :], strict=True)))
+        trajectory = program.simulate(p, b, x, dict(zip(kept, flat[len(base) :], strict=True)))
         linear = program.backward(trajectory, Hyper.unpack(v))
         if linear.folded is not None:
-            return [linear.folded, *linear.grams]
+            return list(linear.folded)
         return [t for policy in linear.policies for t in (policy.open, policy.factor) if t is not None] or [
             linear.terminal.b
         ]
 
     def feedback(*flat: Tensor) -> list[Tensor]:
         p, b, x, v, s = names.unflatten(flat[: len(base)], program)
-        trajectory = program.retrace(p, b, x, dict(zip(kept, flat[len(base) : len(base) + len(kept)], strict=True)))
+        trajectory = program.simulate(p, b, x, dict(zip(kept, flat[len(base) : len(base) + len(kept)], strict=True)))
         hyper = Hyper.unpack(v)
         linear = program.backward(trajectory, hyper)
         given = iter(flat[len(base) + len(kept) :])
         if linear.folded is not None:
-            linear.folded = next(given)
-            linear.grams = [next(given) for _ in linear.grams]
+            linear.folded = (next(given), next(given), next(given))
         else:
             for policy in linear.policies:
                 policy.open = next(given)

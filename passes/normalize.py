@@ -44,7 +44,7 @@ def normalize(module: fx.GraphModule, parameter_nodes: set[str]) -> fx.GraphModu
         if node.target in _ASSERTS:
             graph.erase_node(node)
             continue
-        for rewrite in (_norm, _dropout, _matmul(parameter_only), _reshape):
+        for rewrite in (_norm, _batch_norm, _dropout, _matmul(parameter_only), _reshape):
             new = rewrite(graph, node)
             if new is not None:
                 node.replace_all_uses_with(new)
@@ -107,6 +107,72 @@ def _norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
                 )
             out = _like(graph.call_function(op, (out, parameter)), node)
     return out
+
+
+def _batch_norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """One output of a batch norm: statistics as nodes of their own, the normalised input, then the affine part.
+
+    Outputs 3 and 4 of a training norm are the running statistics after their one update.
+    """
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return None
+    source, index = node.args[0], node.args[1]
+    if source.target is aten._native_batch_norm_legit_functional.default:
+        x, weight, bias, running_mean, running_var, train, momentum, eps = source.args
+    elif source.target is aten._native_batch_norm_legit_no_training.default:
+        x, weight, bias, running_mean, running_var, momentum, eps = source.args
+        train = False
+    elif source.target is aten._native_batch_norm_legit.no_stats:
+        x, weight, bias, train, momentum, eps = source.args
+        running_mean = running_var = None
+    else:
+        return None
+    assert isinstance(x, fx.Node)
+    source.meta.setdefault("group", source.name)
+    write = _Writer(graph, node, {k: v for k, v in source.meta.items() if k != "val"})
+    rank = x.meta["val"].dim()
+    dims, shape = [0, *range(2, rank)], [1, -1, *([1] * (rank - 2))]
+    low = x.meta["val"].dtype in (torch.float16, torch.bfloat16)
+    if index in (3, 4):
+        wide = write(aten._to_copy.default, x, dtype=torch.float32) if low else x
+        running = running_mean if index == 3 else running_var
+        fresh = (
+            write(aten.reshape.default, write(aten.mean.dim, wide, dims, True), [-1])
+            if index == 3
+            else write(aten.var.correction, wide, dims, correction=1, keepdim=False)
+        )
+        old = write(aten.mul.Tensor, running, 1.0 - float(momentum))
+        return write(aten.add.Tensor, old, write(aten.mul.Tensor, fresh, momentum))
+    if index != 0:
+        return None
+    wide = write(aten._to_copy.default, x, dtype=torch.float32) if low else x
+    if train:
+        mean = write(aten.mean.dim, wide, dims, True)
+        var = write(aten.var.correction, wide, dims, correction=0, keepdim=True)
+    else:
+        mean = write(aten.reshape.default, running_mean, shape)
+        var = write(aten.reshape.default, running_var, shape)
+    scale = write(aten.rsqrt.default, write(aten.add.Tensor, var, eps))
+    out = write(aten.mul.Tensor, write(aten.sub.Tensor, wide, mean), scale)
+    if isinstance(weight, fx.Node):
+        out = write(aten.mul.Tensor, out, write(aten.reshape.default, weight, shape))
+    if isinstance(bias, fx.Node):
+        out = write(aten.add.Tensor, out, write(aten.reshape.default, bias, shape))
+    return write(aten._to_copy.default, out, dtype=x.meta["val"].dtype) if low else out
+
+
+class _Writer:
+    """Appends operators before a node, with its metadata and the value that they have on its fake inputs."""
+
+    def __init__(self, graph: fx.Graph, before: fx.Node, meta: dict[str, object]) -> None:
+        self.graph, self.before, self.meta = graph, before, meta
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = dict(self.meta)
+        node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **kwargs)
+        return node
 
 
 def _dropout(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

@@ -9,6 +9,9 @@ the next layer reads. Where no such place exists the two operators share a stage
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import networkx as nx
 import torch
@@ -28,6 +31,8 @@ KNOWN_LOSSES = (
     aten.mse_loss.default,
     aten.binary_cross_entropy_with_logits.default,
 )
+
+_WALKED = (Kind.CHAIN, Kind.NOISE, Kind.STATISTIC)
 
 # Operators that only move the elements of one tensor: Grams of gradients pass through them unchanged.
 _MOVES = {
@@ -63,23 +68,21 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     trainable = {n for n, p in params.items() if p.requires_grad}
     kind = classify.kinds(captured, trainable)
     sizes, layouts, mixing = classify.probe(captured, params, buffers, kind)
-    outputs = next(n for n in graph.nodes if n.op == "output").args[0]
-    assert isinstance(outputs, (tuple, list))
+    probed = _Probed(kind, sizes, layouts)
+    outputs = cast(Sequence[fx.Node], next(n for n in graph.nodes if n.op == "output").args[0])
     loss = outputs[captured.loss_index] if captured.loss_index is not None else None
     marks = [outputs[i] for i in captured.output_indices]
     flow = classify.data_flow(graph)
     ends = {loss} if loss is not None else set(marks)
     needed = ends.union(*(nx.ancestors(flow, n) for n in ends))
-    chain_nodes = [n for n in graph.nodes if kind.get(n) is Kind.CHAIN and n in needed]
-    order = [n for n in graph.nodes if kind.get(n) in (Kind.CHAIN, Kind.NOISE) and n in needed]
-    users = [n for n in chain_nodes if any(kind.get(a) is Kind.PARAMETER for a in n.all_input_nodes)]
+    order = [n for n in graph.nodes if n in needed and kind.get(n) in _WALKED]
+    users = [n for n in order if any(kind[a] is Kind.PARAMETER for a in n.all_input_nodes)]
     if not users:
         raise StagingError(
             "ddpn_fx.compile: no operator of the model uses a trainable parameter; "
             "set requires_grad=True on what is to be trained"
         )
-    phi, terminal, loss_node = _terminal(order, users, marks, loss, kind, flow, sizes, layouts)
-    body = [n for n in order if n not in phi]
+    phi, terminal, loss_node = _terminal(order, users, marks, loss, flow, probed)
     late = [n for n in users if n in phi]
     if late:
         raise StagingError(
@@ -89,9 +92,17 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     mixes = mixing if mixing is not None and mixing not in phi else None
     sources = _parameter_sources(captured, kind, trainable)
     chain = Chain(
-        captured, kind, [], terminal, [n for n in phi if kind[n] is Kind.CHAIN], loss, loss_node, layouts, sizes, mixes
+        captured,
+        kind,
+        _cut(_Line([n for n in order if n not in phi], terminal, probed), users, terminal),
+        terminal,
+        [n for n in phi if kind[n] is Kind.CHAIN],
+        loss,
+        loss_node,
+        layouts,
+        sizes,
+        mixes,
     )
-    chain.stages = _cut(body, users, terminal, kind, sizes, layouts, phi)
     owned: list[str] = []
     for item in chain.stages:
         item.uses = tuple(_use(n, kind, sources, sizes) for n in item.nodes if n in set(users))
@@ -147,112 +158,103 @@ def _terminal(
     users: list[fx.Node],
     marks: list[fx.Node],
     loss: fx.Node | None,
-    kind: dict[fx.Node, Kind],
     flow: nx.DiGraph,
-    sizes: dict[fx.Node, tuple[int, ...]],
-    layouts: dict[fx.Node, Layout],
+    probed: _Probed,
 ) -> tuple[list[fx.Node], tuple[fx.Node, ...], fx.Node | None]:
     """The nodes of phi, the nodes of x_T, and the operator of a known loss."""
+    kind = probed.kind
     if loss is None:
-        return [], tuple(dict.fromkeys(n for n in marks if kind.get(n) is Kind.CHAIN)), None
-    if kind.get(loss) is not Kind.CHAIN:
+        return [], tuple(dict.fromkeys(n for n in marks if kind[n] is Kind.CHAIN)), None
+    if kind[loss] is not Kind.CHAIN:
         raise StagingError("ddpn_fx.compile: the loss does not depend on a trainable parameter")
-    if loss.target in KNOWN_LOSSES:
-        source = loss.args[0]
-        chain_inputs = [a for a in loss.all_input_nodes if kind.get(a) in (Kind.CHAIN, Kind.NOISE, Kind.PARAMETER)]
-        layout = layouts.get(source)  # type: ignore[arg-type]
-        if chain_inputs == [source] and layout is not None and layout.dim == 0 and not (set(users) & {loss}):
-            return [loss], (source,), loss  # type: ignore[return-value]
-    ancestors = nx.ancestors(flow, loss)
+    if loss.target in KNOWN_LOSSES and loss not in users:
+        source = cast(fx.Node, loss.args[0])
+        layout = probed.layouts.get(source)
+        others = [a for a in loss.all_input_nodes if kind[a] is not Kind.CONTEXT]
+        if others == [source] and layout is not None and layout.dim == 0:
+            return [loss], (source,), loss
     if marks:
         before = set(marks).union(*(nx.ancestors(flow, m) for m in marks)) | set(users)
-        phi = [n for n in order if n not in before and (n in ancestors or n is loss)]
+        phi = [n for n in order if n not in before]
     else:
-        last = max(i for i, n in enumerate(order) if n in set(users))
-        places = range(last, len(order) - 1)
-        at = _best(places, order, set(), kind, sizes, layouts)
-        at = len(order) - 2 if at is None else at
-        phi = order[at + 1 :]
+        line = _Line(order, [], probed)
+        last = max(line.position[n] for n in users)
+        at = line.best(range(last, len(order) - 1))
+        phi = order[(len(order) - 2 if at is None else at) + 1 :]
     inside = set(phi)
-    terminal = tuple(
-        dict.fromkeys(a for n in phi for a in n.all_input_nodes if kind.get(a) is Kind.CHAIN and a not in inside)
-    )
-    return phi, terminal, None
+    terminal = dict.fromkeys(a for n in phi for a in n.all_input_nodes if kind[a] is Kind.CHAIN and a not in inside)
+    return phi, tuple(terminal), None
 
 
-def _live(order: list[fx.Node], at: int, keep: set[fx.Node], kind: dict[fx.Node, Kind]) -> list[fx.Node]:
-    """Chain values that are made up to position ``at`` and needed after it."""
-    done = set(order[: at + 1])
-    return [
-        n
-        for n in order[: at + 1]
-        if kind[n] is Kind.CHAIN and (n in keep or any(u not in done and (kind.get(u) is not None) for u in n.users))
-    ]
+@dataclass(frozen=True)
+class _Probed:
+    """What is known of every node: kind, shape at the traced batch size, layout."""
+
+    kind: dict[fx.Node, Kind]
+    sizes: dict[fx.Node, tuple[int, ...]]
+    layouts: dict[fx.Node, Layout]
 
 
-def _best(
-    places: range,
-    order: list[fx.Node],
-    keep: set[fx.Node],
-    kind: dict[fx.Node, Kind],
-    sizes: dict[fx.Node, tuple[int, ...]],
-    layouts: dict[fx.Node, Layout],
-) -> int | None:
-    """The best cut among positions: batch first everywhere, fewest live elements, latest."""
-    best: tuple[int, int] | None = None
-    for at in places:
-        live = _live(order, at, keep, kind)
-        if not live or any(n not in sizes or layouts.get(n) != Layout(0, 1) for n in live):
-            continue
-        key = (sum(math.prod(sizes[n]) for n in live), -at)
-        if best is None or key < best:
-            best = key
-    return None if best is None else -best[1]
+class _Line:
+    """Nodes in order, with what is live after each of them.
+
+    Args:
+        order: chain, noise and statistic nodes in graph order.
+        keep: chain nodes that are needed after the last one (x_T).
+        probed: kinds, shapes at the traced batch size, and layouts.
+    """
+
+    def __init__(self, order: Sequence[fx.Node], keep: Iterable[fx.Node], probed: _Probed) -> None:
+        self.order, self.probed = order, probed
+        self.position = {n: i for i, n in enumerate(order)}
+        self.last_use = {n: max((self.position.get(u, -1) for u in n.users), default=-1) for n in order}
+        self.last_use.update({n: len(order) for n in keep})
+
+    def live(self, at: int) -> tuple[fx.Node, ...]:
+        """Chain values that are made up to position ``at`` and needed after it."""
+        made = self.order[: at + 1]
+        return tuple(n for n in made if self.probed.kind[n] is Kind.CHAIN and self.last_use[n] > at)
+
+    def best(self, places: range) -> int | None:
+        """The best cut among positions: batch first everywhere, fewest live elements, latest."""
+        best: tuple[int, int] | None = None
+        for at in places:
+            live = self.live(at)
+            if not live or any(self.probed.layouts.get(n) != Layout(0, 1) for n in live):
+                continue
+            key = (sum(math.prod(self.probed.sizes[n]) for n in live), -at)
+            if best is None or key < best:
+                best = key
+        return None if best is None else -best[1]
 
 
-def _cut(
-    body: list[fx.Node],
-    users: list[fx.Node],
-    terminal: tuple[fx.Node, ...],
-    kind: dict[fx.Node, Kind],
-    sizes: dict[fx.Node, tuple[int, ...]],
-    layouts: dict[fx.Node, Layout],
-    phi: list[fx.Node],
-) -> list[Stage]:
+def _cut(line: _Line, users: list[fx.Node], terminal: tuple[fx.Node, ...]) -> list[Stage]:
     """Place the cuts; returns stages with nodes and states."""
-    position = {n: i for i, n in enumerate(body)}
-    keep = set(terminal)
     groups: list[list[fx.Node]] = []
     for node in users:
-        if node not in position:
-            continue
         tag = node.meta.get("group")
         if groups and tag is not None and groups[-1][-1].meta.get("group") == tag:
             groups[-1].append(node)
         else:
             groups.append([node])
     stages: list[Stage] = []
-    start = 0
     state: tuple[fx.Node, ...] = ()
-    pending = 0
+    start = pending = 0
     for this, following in zip(groups, [*groups[1:], None], strict=True):
         pending += 1
         if following is None:
-            end = len(body) - 1
-            out: tuple[fx.Node, ...] = terminal
-            why = "the end: x_T"
+            end, out, why = len(line.order) - 1, terminal, "the end: x_T"
         else:
-            first = min(position[n] for n in following)
-            at = _best(range(max(position[n] for n in this), first), body, keep, kind, sizes, layouts)
+            at = line.best(range(line.position[this[-1]], line.position[following[0]]))
             if at is None:
                 continue
-            end, out = at, tuple(_live(body, at, keep, kind))
+            end, out = at, line.live(at)
             why = f"{len(out)} live tensor{'s' * (len(out) > 1)}, the fewest elements before {describe(following[0])}"
         if pending > 1:
             why += (
                 f"; holds {pending} parametrised operators, "
                 "since between them no place has every live tensor batch-first"
             )
-        stages.append(Stage(len(stages), body[start : end + 1], state, out, cut=why))
+        stages.append(Stage(len(stages), list(line.order[start : end + 1]), state, out, cut=why))
         start, state, pending = end + 1, out, 0
     return stages

@@ -18,6 +18,8 @@ from ddpn_fx.passes.errors import StagingError
 from ddpn_fx.passes.ir import Chain, Kind, Layout
 from ddpn_fx.passes.provenance import describe
 
+HELD = (Kind.NOISE, Kind.STATISTIC)
+
 
 def verify(chain: Chain) -> Chain:
     """Check the invariants; returns the chain.
@@ -27,7 +29,7 @@ def verify(chain: Chain) -> Chain:
     """
     faults: list[str] = []
     placed: dict[object, int] = {}
-    made_noise: set[object] = set()
+    made: set[object] = set()
     for stage in chain.stages:
         inside = set(stage.nodes)
         for node in stage.nodes:
@@ -40,9 +42,9 @@ def verify(chain: Chain) -> Chain:
                     faults.append(
                         f"stage {stage.index}: {describe(node)} reads {describe(a)}, which is not in its state"
                     )
-                if kind is Kind.NOISE and a not in inside and a not in made_noise:
-                    faults.append(f"stage {stage.index}: {describe(node)} reads noise that is drawn later")
-        made_noise |= {n for n in stage.nodes if chain.kinds[n] is Kind.NOISE}
+                if kind in HELD and a not in inside and a not in made:
+                    faults.append(f"stage {stage.index}: {describe(node)} reads {kind.value} that is made later")
+        made |= {n for n in stage.nodes if chain.kinds[n] in HELD}
     for before, after in zip(chain.stages, chain.stages[1:], strict=False):
         if before.state_out != after.state_in:
             faults.append(f"stage {after.index} reads another state than stage {before.index} leaves")
@@ -74,7 +76,7 @@ def uncovered(chain: Chain) -> list[str]:
     return [
         f"parameter use not covered: {describe(node)} uses {describe(a)}"
         for node in chain.graph.nodes
-        if chain.kinds.get(node) is Kind.CHAIN and node not in dead
+        if chain.kinds.get(node) in (Kind.CHAIN, Kind.STATISTIC) and node not in dead
         for a in node.all_input_nodes
         if chain.kinds.get(a) is Kind.PARAMETER and (node, a) not in covered
     ]

@@ -106,9 +106,7 @@ class Rule:
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """K = Gamma^T Gamma in blocks: (G, n, n)."""
-        columns = blocks.columns_of(self.dense(argument)).flatten(2)
-        columns = columns.to(accumulate_dtype(columns.dtype))
-        return columns @ columns.mT
+        return gram_matrix(blocks.columns_of(self.dense(argument)).flatten(2))
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Gamma omega, of the argument's shape; omega: (B, R). One VJP of the whole batch."""
@@ -176,6 +174,12 @@ def _single_sample_sizes(node: fx.Node, values: dict[fx.Node, Any], batch: int) 
     return found
 
 
+def gram_matrix(columns: Tensor) -> Tensor:
+    """(G, n, m) -> (G, n, n), in the accumulation dtype; one block is a plain product, faster than a batched one."""
+    columns = columns.to(accumulate_dtype(columns.dtype))
+    return (columns[0] @ columns[0].mT)[None] if columns.shape[0] == 1 else columns @ columns.mT
+
+
 def positions(t: Tensor, layout: Layout, batch: int, at: int = 0) -> Tensor:
     """(*leading, B, P, features): everything between the batch and the last dimension flattened to P."""
     t = batch_first(t, layout, batch, at)
@@ -198,7 +202,7 @@ def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks) -> Tensor:
     if p == 1:
         gx = blocks.split(x[:, 0])
         gh = blocks.columns_of(h[:, :, 0])
-        gram_x, gram_h = gx @ gx.mT, gh @ gh.mT
+        gram_x, gram_h = gram_matrix(gx), gram_matrix(gh)
         if r == 1:
             return gram_x * gram_h
         count = blocks.count
@@ -207,11 +211,10 @@ def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks) -> Tensor:
         flat_x = blocks.split(x).flatten(1, 2)
         flat_h = blocks.columns_of(h).flatten(1, 2)
         count = blocks.count
-        gram_x = (flat_x @ flat_x.mT).view(count, g, 1, p, g, 1, p)
-        gram_h = (flat_h @ flat_h.mT).view(count, g, r, p, g, r, p)
+        gram_x = gram_matrix(flat_x).view(count, g, 1, p, g, 1, p)
+        gram_h = gram_matrix(flat_h).view(count, g, r, p, g, r, p)
         return (gram_x * gram_h).sum((3, 6)).reshape(count, g * r, g * r)
-    columns = blocks.columns_of(torch.einsum("brpo,bpi->broi", h, x)).flatten(2)
-    return columns @ columns.mT
+    return gram_matrix(blocks.columns_of(torch.einsum("brpo,bpi->broi", h, x)).flatten(2))
 
 
 def prefer_grams(p: int, i: int, o: int, g: int, r: int) -> bool:
@@ -226,6 +229,3 @@ def spatial_columns(
 ) -> Tensor:
     """Patches of a 2-D convolution's input: (B, C kh kw, L)."""
     return F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
-
-
-Apply = Callable[..., Tensor]

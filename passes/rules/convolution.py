@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.ir import Layout
-from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, prefer_grams, product_gram, spatial_columns
+from ddpn_fx.passes.rules.base import Blocks, Rule, gram_matrix, prefer_grams, product_gram, spatial_columns
 
 aten = torch.ops.aten
 
@@ -74,9 +74,7 @@ class Convolution(Rule):
             (_, _, i, length), o = self.patches.shape, self.h.shape[3]
             if prefer_grams(length, i, o, blocks.group, self.columns):
                 return product_gram(self.patches[:, 0].mT, self.h[:, :, 0].mT, blocks)
-        columns = blocks.columns_of(self.dense(argument)).flatten(2)
-        columns = columns.to(accumulate_dtype(columns.dtype))
-        return columns @ columns.mT
+        return gram_matrix(blocks.columns_of(self.dense(argument)).flatten(2))
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """With the per-sample gradients at hand one product with them, else one VJP of the batch."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, positions, product_gram
+from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, gram_matrix, positions, product_gram
 
 
 class Linear(Rule):
@@ -47,8 +47,7 @@ class Linear(Rule):
         """Weight: sum_pq (x_p . x_q)(h_p . h_q); bias: the Gram of the summed cotangents."""
         if self._is_weight(argument):
             return product_gram(self.x, self.h, blocks)
-        h = blocks.columns_of(self.h.to(accumulate_dtype(self.h.dtype)).sum(2))
-        return h @ h.mT
+        return gram_matrix(blocks.columns_of(self.h.to(accumulate_dtype(self.h.dtype)).sum(2)))
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Weight: (sum_c omega h)^T x in one product; bias: its sum over samples and positions."""

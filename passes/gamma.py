@@ -1,0 +1,117 @@
+"""Gamma: the derivative of every column with respect to one parameter, over all of its uses.
+
+``Gamma_t[k]`` is the gradient of ``<S_i[:,c], x_T^i>`` with respect to the control (DESIGN 2.2). A
+parameter may be used by several operators (tied weights), each with its rule, and reach an
+operator through a parameter-only expression (a transpose, a weight norm). Here these are one linear
+map with four faces: ``gram``, ``contract``, ``inner`` and ``columns``. It is never formed where the
+rules avoid it: with one use, through elements that are only moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from ddpn_fx.passes.ir import Chain, ParamUse, Stage
+from ddpn_fx.passes.linearize import Env, Parameters, rules
+from ddpn_fx.passes.rules import Blocks, Rule
+from ddpn_fx.passes.rules.base import accumulate_dtype, gram_matrix
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One use of the parameter: its stage, the use, which of its arguments, and its rule on this batch."""
+
+    stage: int
+    use: ParamUse
+    position: int
+    rule: Rule
+
+    @property
+    def argument(self) -> fx.Node:
+        """The operator's argument node that holds the parameter or an expression of it."""
+        return self.use.arguments[self.position]
+
+
+@dataclass
+class Gamma:
+    """Gamma of one parameter.
+
+    Attributes:
+        name: the parameter.
+        parameters: the controls' values and parameter-only expressions.
+        entries: its uses.
+    """
+
+    name: str
+    parameters: Parameters
+    entries: list[Entry] = field(default_factory=list)
+
+    def gram(self, blocks: Blocks) -> Tensor:
+        """Gamma^T Gamma in blocks: (G, n, n)."""
+        if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
+            return self.entries[0].rule.gram(self.entries[0].argument, blocks)
+        return gram_matrix(blocks.columns_of(self.columns()).flatten(2))
+
+    def columns(self) -> Tensor:
+        """Gamma itself: (B, R, *M), summed over the uses."""
+        return _total(self._entry_columns(e) for e in self.entries)
+
+    def contract(self, omega: Tensor) -> Tensor:
+        """Gamma omega, of the parameter's shape; omega: (B, R)."""
+        return _total(self._entry_contract(e, omega) for e in self.entries)
+
+    def inner(self, direction: Tensor, *, first_stage: int = 0) -> Tensor | None:
+        """Gamma^T D over the uses in stages from ``first_stage`` on: (B, R); None where there is none."""
+        entries = [e for e in self.entries if e.stage >= first_stage]
+        return _total(self._entry_inner(e, direction) for e in entries) if entries else None
+
+    def _entry_columns(self, entry: Entry) -> Tensor:
+        part = entry.rule.dense(entry.argument)
+        if entry.argument.op == "placeholder":
+            return part
+        return self.parameters.pull(entry.argument, part, columns=True)[self.name]
+
+    def _entry_contract(self, entry: Entry, omega: Tensor) -> Tensor:
+        part = entry.rule.contract(entry.argument, omega)
+        if entry.argument.op == "placeholder":
+            return part
+        return self.parameters.pull(entry.argument, part.to(self.parameters[entry.argument].dtype))[self.name]
+
+    def _entry_inner(self, entry: Entry, direction: Tensor) -> Tensor:
+        if entry.use.isometry[entry.position]:
+            return entry.rule.inner(entry.argument, self.parameters.push(entry.argument, {self.name: direction}))
+        columns = self._entry_columns(entry)
+        dtype = accumulate_dtype(columns.dtype)
+        return columns.flatten(2).to(dtype) @ direction.flatten().to(dtype)
+
+
+class Gammas:
+    """Gamma of every trained parameter, by name, filled stage by stage as cotangents arrive."""
+
+    def __init__(self, chain: Chain, parameters: Parameters, trained: Iterable[str], batch: int) -> None:
+        self.chain, self.parameters, self.trained, self.batch = chain, parameters, set(trained), batch
+        self._found: dict[str, Gamma] = {}
+
+    def add(self, stage: Stage, taps: dict[fx.Node, Tensor], env: Env) -> None:
+        """Take in the cotangents at the parametrised operators of one stage."""
+        for use, rule in rules(self.chain, stage, taps, env, self.parameters, self.batch):
+            for position, names in enumerate(use.parameters):
+                for name in names:
+                    if name in self.trained:
+                        gamma = self._found.setdefault(name, Gamma(name, self.parameters))
+                        gamma.entries.append(Entry(stage.index, use, position, rule))
+
+    def of(self, names: Iterable[str]) -> Iterator[Gamma]:
+        """Those of the named parameters that received a cotangent."""
+        return (self._found[n] for n in names if n in self._found)
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    items = iter(terms)
+    total = next(items)
+    for term in items:
+        total = total + term
+    return total

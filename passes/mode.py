@@ -1,0 +1,116 @@
+"""What a step is made of: its structure (:class:`Mode`), its numbers (:class:`Hyper`), its terminal factor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ddpn_fx.passes.loss import Phi
+
+STATISTICS = ("loss", "predicted_decrease", "max_y", "clamps", "clipped", "skipped", "fault")
+# Values of the "fault" statistic.
+FAULT_FLOOR = 1.0
+FAULT_MIXING = 2.0
+
+
+@dataclass
+class Factors:
+    """The terminal model of a batch: ``hess phi_i ~ S_i diag(curved_i) S_i^T``, ``grad phi_i = S_i beta_i``.
+
+    Attributes:
+        S: (B, R, D).
+        beta: (B, R).
+        curved: (B, R), 1 on columns with curvature, 0 on those without.
+        clamps: number of curvature eigenvalues that had to be clamped.
+        fault: 0, or one of the fault codes.
+    """
+
+    S: Tensor
+    beta: Tensor
+    curved: Tensor
+    clamps: Tensor | None = None
+    fault: Tensor | None = None
+
+
+class TerminalFactor(Protocol):
+    """What the step needs of a terminal factor (``ddpn_fx.terminal``)."""
+
+    def factors(self, phi: Phi) -> Factors:
+        """The terminal model at x_T."""
+        ...
+
+    @property
+    def needs_single_samples(self) -> bool:
+        """Whether phi_i must be the loss of one sample alone (False: the gradient of J is enough)."""
+        ...
+
+    @property
+    def single_column(self) -> bool:
+        """Whether R is 1 whatever the loss: then pullbacks run without ``vmap``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Everything about a step that is structure, not a number.
+
+    Attributes:
+        terminal: the terminal factor.
+        coupling: ``"batch"``, ``"sample"`` or a group size.
+        quu: ``"gauss-newton"`` or ``"preconditioner"``.
+        rollout: ``"linear"`` or ``"nonlinear"``.
+        feedback: False keeps the loop open (Prop. 2).
+        fold: use the one folded solve (Gauss-Newton, linear rollout, gain 1, no clip).
+        trust: whether y is clipped.
+        group: parameter name -> index of its parameter group, for the parameters that are trained.
+        decay: for each group whether it has weight decay.
+        decoupled: whether weight decay is outside the recursion.
+        momentum: for each group whether it has a momentum buffer.
+        average: whether directions are averaged with beta1.
+    """
+
+    terminal: TerminalFactor
+    coupling: str | int
+    quu: str
+    rollout: str
+    feedback: bool
+    fold: bool
+    trust: bool
+    group: tuple[tuple[str, int], ...]
+    decay: tuple[bool, ...]
+    decoupled: bool
+    momentum: tuple[bool, ...]
+    average: bool
+
+    def group_size(self, batch: int) -> int:
+        """Samples in one block of the coupling."""
+        if self.coupling == "batch":
+            return batch
+        return 1 if self.coupling == "sample" else min(int(self.coupling), batch)
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The numbers of a step as 0-d tensors, unpacked from one vector (see :meth:`pack`)."""
+
+    gain: Tensor
+    trust: Tensor
+    beta1: Tensor
+    lr: tuple[Tensor, ...]
+    weight_decay: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...]
+
+    @staticmethod
+    def pack(gain: float, trust: float, beta1: float, groups: Sequence[Mapping[str, Any]]) -> list[float]:
+        """The vector of numbers: gain, trust, beta1, then lr, weight_decay, momentum of each group."""
+        rows = [float(g[k]) for g in groups for k in ("lr", "weight_decay", "momentum")]
+        return [float(gain), float(trust), float(beta1), *rows]
+
+    @classmethod
+    def unpack(cls, vector: Tensor) -> Hyper:
+        """The inverse of :meth:`pack`."""
+        values = vector.unbind()
+        return cls(values[0], values[1], values[2], values[3::3], values[4::3], values[5::3])

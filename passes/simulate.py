@@ -1,0 +1,92 @@
+"""Simulate: run the chain on the controls, x_0 -> x_1 .. x_T and the loss, keeping each operator's pullback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from ddpn_fx.passes import loss as losses
+from ddpn_fx.passes.ir import Chain, Kind
+from ddpn_fx.passes.linearize import Env, Parameters, Tape, context, forward
+from ddpn_fx.passes.mode import Mode
+from ddpn_fx.passes.provenance import origin
+
+
+@dataclass
+class Trajectory:
+    """The nominal trajectory.
+
+    Attributes:
+        env: every node's value.
+        tapes: the pullbacks of each stage's operators.
+        parameters: the controls that made it.
+        phi: the terminal cost (closed loop).
+        loss: J.
+        seed: dJ/dx_T, (B, D) (open loop).
+    """
+
+    env: Env
+    tapes: list[Tape]
+    parameters: Parameters
+    phi: losses.Phi | None = None
+    loss: Tensor | None = None
+    seed: Tensor | None = None
+
+
+def simulate(
+    chain: Chain,
+    mode: Mode,
+    batch: int,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    leaves: Sequence[Any],
+    given: Mapping[fx.Node, Tensor] | None = None,
+) -> Trajectory:
+    """The nominal trajectory of a batch.
+
+    Args:
+        chain: a chain with a loss.
+        mode: the structure of the step.
+        batch: B.
+        params: parameters by name.
+        buffers: buffers by name.
+        leaves: the batch's leaves.
+        given: values of states, noise and statistics: each stage is then linearised around its given state.
+    """
+    env = context(chain, buffers, list(leaves), params)
+    if given is not None:
+        env.update({n: v for n, v in given.items() if chain.kinds[n] is not Kind.CHAIN})
+    trajectory = Trajectory(env, [], Parameters(chain, params, env))
+    for stage in chain.stages:
+        tape = Tape()
+        if given is not None:
+            env.update({n: given[n] for n in stage.state_in})
+        forward(chain, stage.nodes, env, trajectory.parameters, stage=stage.index, tape=tape)
+        trajectory.tapes.append(tape)
+    with origin({"role": "loss", "stage": len(chain.stages)}):
+        if not mode.feedback:
+            trajectory.loss, trajectory.seed = losses.total_gradient(chain, env, batch)
+        else:
+            mixing = not mode.terminal.needs_single_samples
+            trajectory.phi = losses.phi(chain, env, list(leaves), dict(params), dict(buffers), batch, mixing=mixing)
+            trajectory.loss = trajectory.phi.loss
+    return trajectory
+
+
+def new_buffers(chain: Chain, trajectory: Trajectory) -> dict[str, Tensor]:
+    """New values of the buffers that the model's forward pass updates, by name: once, from the simulation."""
+    outputs: Any = next(n for n in chain.graph.nodes if n.op == "output").args[0]
+    wanted: dict[str, fx.Node] = {name: outputs[i] for name, i in chain.captured.mutations.items()}
+    missing: set[fx.Node] = set()
+    stack = [n for n in wanted.values() if n not in trajectory.env]
+    while stack:
+        node = stack.pop()
+        if node not in missing and node not in trajectory.env and chain.kinds[node] is not Kind.PARAMETER:
+            missing.add(node)
+            stack.extend(node.all_input_nodes)
+    ordered = [n for n in chain.graph.nodes if n in missing]
+    forward(chain, ordered, trajectory.env, trajectory.parameters, stage=None)
+    return {name: trajectory.env[node] for name, node in wanted.items()}

@@ -1,0 +1,538 @@
+"""Every rule equals plain autograd, sample by sample and column by column, and the generic rule, on many layers.
+
+A configuration is a model of one parametrised layer, captured and staged by the compiler, so that the layouts a rule
+meets are those of real graphs. Its output is pulled back from random cotangents; what each rule then says is compared
+with `torch.autograd.grad` of `<H[c, i], output_i>`, twice: with respect to the operator's own argument (on the captured
+graph, each use with a leaf of its own), and with respect to the parameter (on the module itself).
+
+Shapes: B batch, P positions, R columns, M a parameter's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ddpn_fx.passes import Chain, build_chain
+from ddpn_fx.passes.capture import placeholder_values
+from ddpn_fx.passes.ir import Kind
+from ddpn_fx.passes.linearize import Parameters, Tape, context, forward, pullback, rules
+from ddpn_fx.passes.rules import RULES, Blocks, Rule, rule_by_name
+from ddpn_fx.passes.rules import base as rules_base
+from ddpn_fx.passes.rules import convolution as rules_convolution
+
+TOLERANCE = 1e-10
+SIZES = ((4, 1), (5, 3), (1, 3))  # (B, R); groups that do not divide B come with each
+GROUPS = (1, 2, 3)
+
+Build = Callable[[], nn.Module]
+
+
+# --- models of one layer --------------------------------------------------------------------------------------------
+
+
+class Apply(nn.Module):
+    """`function(parameters by name, *inputs)` with parameters of the given shapes."""
+
+    def __init__(self, function: Callable[..., Tensor], /, frozen: tuple[str, ...] = (), **shapes: tuple[int, ...]):
+        super().__init__()
+        self.function = function
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape), requires_grad=name not in frozen))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
+
+
+class Around(nn.Module):
+    """A layer between two functions without parameters."""
+
+    def __init__(self, layer: nn.Module, before: Callable[..., Tensor], after: Callable[..., Tensor]):
+        super().__init__()
+        self.layer, self.before, self.after = layer, before, after
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x = inputs[0]
+        return self.after(self.layer(self.before(x)), x)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A configuration: the module, one sample's inputs (shapes; an integer n before a shape: indices below n), rules."""
+
+    name: str
+    build: Build
+    inputs: tuple
+    rules: tuple[str, ...]
+    xfail: str = ""
+
+    def sample(self, batch: int) -> tuple[Tensor, ...]:
+        g = torch.Generator().manual_seed(batch)
+        found = []
+        for spec in self.inputs:
+            if isinstance(spec[0], tuple):
+                found.append(torch.randint(spec[0][0], (batch, *spec[1:]), generator=g))
+            else:
+                found.append(torch.randn((batch, *spec), generator=g, dtype=torch.float64))
+        return tuple(found)
+
+
+def integers(below: int, *shape: int) -> tuple:
+    return ((below,), *shape)
+
+
+def merged(layer: nn.Module) -> nn.Module:
+    """The layer on (B P, ...) rows of a (B, P, ...) input."""
+    return Around(layer, lambda x: x.flatten(0, 1), lambda h, x: h.unflatten(0, x.shape[:2]))
+
+
+def transposed(layer: nn.Module) -> nn.Module:
+    """The layer on (P, B, ...) of a (B, P, ...) input."""
+    return Around(layer, lambda x: x.transpose(0, 1), lambda h, x: h.transpose(0, 1))
+
+
+def conv(*args, **options) -> Build:
+    return lambda: nn.Conv2d(*args, **options)
+
+
+def weight_normed() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+
+
+def tied() -> nn.Module:
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, tokens):
+            return self.head(torch.tanh(self.emb(tokens)))
+
+    return Tied()
+
+
+class Attention(nn.Module):
+    """torch's own attention, which puts positions before the batch and merges batch and heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Twice(nn.Module):
+    """One linear layer used twice, then its weight once more through an expression."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.fc(torch.tanh(self.fc(x))))
+        return x * self.fc.weight.exp().sum(1)
+
+
+LINEAR = [
+    Layer("linear", lambda: nn.Linear(3, 4), ((3,),), ("linear",)),
+    Layer("linear-no-bias", lambda: nn.Linear(3, 4, bias=False), ((3,),), ("linear",)),
+    Layer("linear-few-positions", lambda: nn.Linear(7, 6), ((2, 7),), ("linear",)),
+    Layer("linear-many-positions", lambda: nn.Linear(2, 2), ((9, 2),), ("linear",)),
+    Layer("linear-two-axes", lambda: nn.Linear(3, 4), ((2, 3, 3),), ("linear",)),
+    Layer("linear-transposed", lambda: transposed(nn.Linear(3, 4)), ((2, 3),), ("linear",)),
+    Layer(
+        "linear-batch-third",
+        lambda: Around(nn.Linear(3, 4), lambda x: x.permute(1, 2, 0, 3), lambda h, x: h.permute(2, 0, 1, 3)),
+        ((2, 4, 3),),
+        ("linear",),
+    ),
+    Layer("linear-merged", lambda: merged(nn.Linear(3, 4)), ((2, 3),), ("linear",)),
+    Layer("linear-merged-output", lambda: Around(nn.Linear(3, 4), lambda x: x.flatten(0, 1), lambda h, x: h), ((2, 3),), ("linear",)),
+    Layer(
+        "linear-merged-second",
+        lambda: Around(
+            nn.Linear(3, 4),
+            lambda x: x.permute(1, 0, 2, 3).flatten(1, 2),
+            lambda h, x: h.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1),
+        ),
+        ((2, 4, 3),),
+        ("linear",),
+    ),
+    Layer("linear-frozen-bias", lambda: Apply(lambda m, x: F.linear(x, m.w, m.b), frozen=("b",), w=(4, 3), b=(4,)), ((3,),), ("linear",)),
+    Layer("linear-frozen-weight", lambda: Apply(lambda m, x: F.linear(x, m.w, m.b), frozen=("w",), w=(4, 3), b=(4,)), ((2, 3),), ("generic",)),
+    Layer("matmul", lambda: Apply(lambda m, x: x @ m.w, w=(3, 4)), ((3,),), ("linear",)),
+    Layer("matmul-positions", lambda: Apply(lambda m, x: x @ m.w, w=(3, 4)), ((2, 3),), ("linear",)),
+    Layer("matmul-transposed-weight", lambda: Apply(lambda m, x: x @ m.w.T, w=(4, 3)), ((3,),), ("linear",)),
+    Layer("matmul-reshaped-weight", lambda: Apply(lambda m, x: x @ m.w.view(3, 4), w=(2, 6)), ((3,),), ("linear",)),
+    Layer("mm", lambda: Apply(lambda m, x: torch.mm(x, m.w), w=(3, 4)), ((3,),), ("linear",)),
+    Layer("addmm", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(4,)), ((3,),), ("linear",)),
+    Layer("addmm-frozen-bias", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), frozen=("b",), w=(3, 4), b=(4,)), ((3,),), ("linear",)),
+    Layer("addmm-row-bias", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(1, 4)), ((3,),), ("generic",)),
+    Layer("addmm-scalar-bias", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(1,)), ((3,),), ("generic",)),
+    Layer("addmm-state-bias", lambda: Apply(lambda m, x, y: torch.addmm(torch.tanh(y @ m.v), x, m.w), w=(3, 4), v=(2, 4)), ((3,), (2,)), ("linear", "linear")),
+    Layer("addmm-scaled", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2.0), w=(3, 4), b=(4,)), ((3,),), ("generic",)),
+]  # fmt: skip
+
+CONVOLUTION = [
+    Layer("conv", conv(2, 3, 3), ((2, 6, 6),), ("convolution",)),
+    Layer("conv-no-bias", conv(2, 3, 3, bias=False), ((2, 5, 5),), ("convolution",)),
+    Layer("conv-stride", conv(2, 3, 3, stride=2), ((2, 7, 6),), ("convolution",)),
+    Layer("conv-padding", conv(2, 3, (3, 2), padding=(2, 1)), ((2, 4, 3),), ("convolution",)),
+    Layer("conv-dilation", conv(2, 3, 2, dilation=(2, 3)), ((2, 5, 6),), ("convolution",)),
+    Layer("conv-all", conv(4, 6, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2), ((4, 5, 5),), ("convolution",)),
+    Layer("conv-depthwise", conv(3, 3, 3, groups=3), ((3, 5, 4),), ("convolution",)),
+    Layer("conv-depthwise-twofold", conv(3, 6, 3, groups=3, padding=1), ((3, 3, 3),), ("convolution",)),
+    Layer("conv-1x1", conv(3, 4, 1), ((3, 3, 3),), ("convolution",)),
+    Layer("conv-few-positions", conv(6, 8, 3), ((6, 3, 4),), ("convolution",)),
+    Layer("conv-one-position", conv(3, 4, 3), ((3, 3, 3),), ("convolution",)),
+    Layer("conv-many-positions", conv(1, 2, 2), ((1, 7, 7),), ("convolution",)),
+    Layer("conv-circular", conv(2, 3, 3, padding=1, padding_mode="circular"), ((2, 4, 4),), ("convolution",)),
+    Layer("conv-same", conv(2, 3, 3, padding="same"), ((2, 4, 4),), ("generic",)),
+    Layer("conv-merged", lambda: merged(nn.Conv2d(2, 3, 2)), ((3, 2, 3, 3),), ("convolution",)),
+    Layer("conv-permuted", lambda: Around(nn.Conv2d(3, 4, 2), lambda x: x.permute(0, 3, 1, 2), lambda h, x: h.permute(0, 2, 3, 1)), ((4, 4, 3),), ("convolution",)),
+    Layer("conv-frozen-weight", lambda: Apply(lambda m, x: F.conv2d(x, m.w, m.b), frozen=("w",), w=(3, 2, 2, 2), b=(3,)), ((2, 3, 3),), ("convolution",)),
+    Layer("conv-weight-expression", lambda: Apply(lambda m, x: F.conv2d(x, m.w * m.s), w=(3, 2, 2, 2), s=(3, 1, 1, 1)), ((2, 3, 3),), ("convolution",)),
+]  # fmt: skip
+
+EMBEDDING = [
+    Layer("embedding", lambda: nn.Embedding(5, 3), (integers(5, 2),), ("embedding",)),
+    Layer("embedding-one-index", lambda: nn.Embedding(5, 3), (integers(5),), ("embedding",)),
+    Layer("embedding-repeated", lambda: nn.Embedding(3, 2), (integers(3, 9),), ("embedding",)),
+    Layer("embedding-large-table", lambda: nn.Embedding(200, 2), (integers(200, 3),), ("embedding",)),
+    Layer("embedding-two-axes", lambda: nn.Embedding(5, 3), (integers(5, 2, 3),), ("embedding",)),
+    Layer("embedding-padding", lambda: nn.Embedding(4, 3, padding_idx=1), (integers(4, 5),), ("embedding",)),
+    Layer("embedding-padding-last", lambda: nn.Embedding(4, 3, padding_idx=-1), (integers(4, 5),), ("embedding",)),
+    Layer("embedding-transposed", lambda: transposed(nn.Embedding(5, 3)), (integers(5, 2),), ("embedding",)),
+    Layer("embedding-merged", lambda: merged(nn.Embedding(5, 3)), (integers(5, 2),), ("embedding",)),
+    Layer("embedding-by-frequency", lambda: nn.Embedding(5, 3, scale_grad_by_freq=True), (integers(5, 2),), ("generic",), xfail="by frequency: a gradient that is no function of one sample"),
+    Layer("embedding-transformed", lambda: Apply(lambda m, i: F.embedding(i, m.w * 2), w=(5, 3)), (integers(5, 2),), ("embedding",)),
+    Layer("embedding-tied", tied, (integers(5, 3),), ("embedding", "linear")),
+]  # fmt: skip
+
+
+def affine(op: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], before=lambda x: x, after=lambda h, x: h):
+    return lambda: Around(Apply(lambda m, x: op(x, m.p), p=shape), before, after)
+
+
+def flip(op):
+    return lambda x, p: op(p, x)
+
+
+AFFINE = [
+    *(
+        Layer(f"{name}-{'x'.join(map(str, shape)) or 'scalar'}", affine(op, shape), (sample,), ("affine",))
+        for name, op in {
+            "add": torch.add,
+            "sub": torch.sub,
+            "mul": torch.mul,
+            "rsub": flip(torch.sub),
+            "rmul": flip(torch.mul),
+        }.items()
+        for shape, sample in (((), (3,)), ((3,), (2, 3)), ((2, 1), (2, 3)), ((1, 1, 3), (2, 3)))
+    ),
+    Layer("add-full", affine(torch.add, (2, 3)), ((2, 3),), ("affine",)),
+    Layer("mul-one", affine(torch.mul, (1,)), ((2, 3),), ("affine",)),
+    Layer("mul-ones", affine(torch.mul, (1, 1, 1)), ((2, 3),), ("affine",)),
+    Layer("mul-channels", affine(torch.mul, (3, 1, 1)), ((3, 2, 2),), ("affine",)),
+    Layer(
+        "mul-transposed",
+        affine(torch.mul, (2, 1, 3), lambda x: x.transpose(0, 1), lambda h, x: h.transpose(0, 1)),
+        ((2, 3),),
+        ("affine",),
+    ),
+    Layer(
+        "sub-transposed",
+        affine(torch.sub, (2, 1, 1), lambda x: x.transpose(0, 1), lambda h, x: h.transpose(0, 1)),
+        ((2, 3),),
+        ("affine",),
+    ),
+    Layer(
+        "mul-merged",
+        affine(torch.mul, (3,), lambda x: x.flatten(0, 1), lambda h, x: h.unflatten(0, x.shape[:2])),
+        ((2, 3),),
+        ("affine",),
+    ),
+    Layer(
+        "mul-merged-scalar",
+        affine(torch.mul, (), lambda x: x.flatten(0, 1), lambda h, x: h.unflatten(0, x.shape[:2])),
+        ((2, 3),),
+        ("affine",),
+    ),
+    Layer(
+        "add-merged-second",
+        affine(
+            torch.add,
+            (2, 1, 1),
+            lambda x: x.permute(1, 0, 2, 3).flatten(1, 2),
+            lambda h, x: h.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1),
+        ),
+        ((2, 4, 3),),
+        ("affine",),
+    ),
+    Layer("mul-broadcast-state", affine(torch.mul, (2, 3)), ((1, 3),), ("affine",)),
+    Layer("add-broadcast-state", affine(torch.add, (4, 2, 1)), ((1, 2, 3),), ("affine",)),
+    Layer(
+        "mul-lower-rank-state",
+        affine(torch.mul, (2, 1, 1), after=lambda h, x: h.transpose(0, 1)),
+        ((3,),),
+        ("generic",),
+    ),
+    Layer("add-alpha", affine(lambda x, p: torch.add(x, p, alpha=0.5), (3,)), ((3,),), ("generic",)),
+    Layer("layer-norm", lambda: nn.LayerNorm(3), ((2, 3),), ("affine", "affine")),
+    Layer("layer-norm-two-axes", lambda: nn.LayerNorm((2, 3)), ((2, 3),), ("affine", "affine")),
+    Layer("layer-norm-no-bias", lambda: nn.LayerNorm(3, bias=False), ((2, 3),), ("affine",)),
+    Layer("group-norm", lambda: nn.GroupNorm(2, 4), ((4, 3),), ("affine", "affine")),
+    Layer("group-norm-2d", lambda: nn.GroupNorm(2, 4), ((4, 2, 3),), ("affine", "affine")),
+    Layer("rms-norm", lambda: nn.RMSNorm(3), ((2, 3),), ("affine",)),
+    Layer(
+        "scale-and-shift", lambda: Apply(lambda m, x: x * m.a + m.b, a=(3,), b=(2, 1)), ((2, 3),), ("affine", "affine")
+    ),
+    Layer("exp-scale", lambda: Apply(lambda m, x: x * m.p.exp(), p=(3,)), ((2, 3),), ("affine",)),
+    Layer("scale-of-two", lambda: Apply(lambda m, x: x * (m.a * m.b), a=(3,), b=(2, 1)), ((2, 3),), ("affine",)),
+]
+
+EXPAND = [
+    Layer(
+        "token",
+        lambda: Apply(lambda m, x: m.p.expand(x.shape[0], -1, -1) * x.sum((1, 2), keepdim=True), p=(1, 2, 3)),
+        ((2, 3),),
+        ("expand",),
+    ),
+    Layer(
+        "token-cat",
+        lambda: Apply(lambda m, x: torch.cat([m.p.expand(x.shape[0], -1, -1), x], 1), p=(1, 1, 3)),
+        ((2, 3),),
+        ("expand",),
+    ),
+    Layer("token-flat", lambda: Apply(lambda m, x: m.p.expand(x.shape[0], 2, 3) * x, p=(3,)), ((2, 3),), ("expand",)),
+    Layer(
+        "token-transposed",
+        lambda: Apply(lambda m, x: (m.p.expand(2, x.shape[0], 3)).transpose(0, 1) * x, p=(2, 1, 3)),
+        ((2, 3),),
+        ("expand",),
+    ),
+    Layer("token-expand-as", lambda: Apply(lambda m, x: m.p.expand_as(x) * x, p=(3,)), ((2, 3),), ("expand",)),
+    Layer(
+        "token-merged",
+        lambda: Apply(lambda m, x: m.p.expand(x.shape[0] * 2, 3).unflatten(0, (x.shape[0], 2)) * x, p=(1, 3)),
+        ((2, 3),),
+        ("expand",),
+    ),
+]
+
+GENERIC = [
+    Layer("conv1d", lambda: nn.Conv1d(2, 3, 2), ((2, 5),), ("generic",)),
+    Layer("conv3d", lambda: nn.Conv3d(1, 2, 2), ((1, 3, 3, 3),), ("generic",)),
+    Layer("conv-transpose2d", lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), ((2, 3, 3),), ("generic",)),
+    Layer("bilinear", lambda: nn.Bilinear(3, 2, 4), ((3,), (2,)), ("generic",)),
+    Layer("prelu", nn.PReLU, ((2, 3),), ("generic",)),
+    Layer("prelu-channels", lambda: nn.PReLU(2), ((2, 3),), ("generic",)),
+    Layer("einsum", lambda: Apply(lambda m, x: torch.einsum("bpi,io->bpo", x, m.w), w=(3, 4)), ((2, 3),), ("generic",)),
+    Layer("einsum-heads", lambda: Apply(lambda m, x: torch.einsum("bpi,hio->bhpo", x, m.w), w=(2, 3, 4)), ((2, 3),), ("generic",)),
+    Layer("matmul-3d-weight", lambda: Apply(lambda m, x: x @ m.w, w=(2, 3, 4)), ((2, 5, 3),), ("generic",)),
+    Layer("matmul-left-weight", lambda: Apply(lambda m, x: m.w @ x, w=(4, 2)), ((2, 3),), ("generic",)),
+    Layer("matmul-vector", lambda: Apply(lambda m, x: x @ m.w, w=(3,)), ((2, 3),), ("generic",)),
+    Layer("bmm-expanded", lambda: Apply(lambda m, x: torch.bmm(x, m.w.expand(x.shape[0], 3, 4)), w=(1, 3, 4)), ((2, 3),), ("expand",)),
+    Layer("div", lambda: Apply(lambda m, x: x / m.p, p=(3,)), ((2, 3),), ("generic",)),
+    Layer("rdiv", lambda: Apply(lambda m, x: m.p / x, p=(2, 1)), ((2, 3),), ("generic",)),
+    Layer("power", lambda: Apply(lambda m, x: (x**2 + 1) ** m.p, p=(3,)), ((2, 3),), ("generic",)),
+    Layer("where", lambda: Apply(lambda m, x: torch.where(x > 0, x, m.p), p=(3,)), ((2, 3),), ("generic",)),
+    Layer("maximum", lambda: Apply(lambda m, x: torch.maximum(x, m.p), p=(3,)), ((2, 3),), ("generic",)),
+    Layer("lerp", lambda: Apply(lambda m, x: torch.lerp(x, x.flip(1), m.p), p=(3,)), ((2, 3),), ("generic",)),
+    Layer("addcmul", lambda: Apply(lambda m, x: torch.addcmul(m.a, x, m.b), a=(3,), b=(3,)), ((2, 3),), ("generic",)),
+    Layer("softmax-mix", lambda: Apply(lambda m, x: (x * m.p.softmax(0)).sum(-1), p=(3,)), ((2, 3),), ("affine",)),
+    Layer("weight-norm", weight_normed, ((3,),), ("linear",)),
+    Layer("low-rank", lambda: Apply(lambda m, x: F.linear(x, m.w + m.a @ m.b), frozen=("w",), w=(4, 3), a=(4, 2), b=(2, 3)), ((2, 3),), ("linear",)),
+    Layer("normalised-weight", lambda: Apply(lambda m, x: F.linear(x, F.normalize(m.w)), w=(4, 3)), ((3,),), ("linear",)),
+    Layer("detached-scale", lambda: Apply(lambda m, x: F.linear(x, m.w / m.w.detach().norm()), w=(4, 3)), ((3,),), ("linear",)),
+    Layer("two-rows", lambda: Apply(lambda m, x: F.linear(x, m.w[:2], m.w[2, :2]), w=(4, 3)), ((3,),), ("linear",)),
+    Layer("cat-of-parameters", lambda: Apply(lambda m, x: F.linear(x, torch.cat([m.a, m.b])), a=(2, 3), b=(1, 3)), ((3,),), ("linear",)),
+    Layer("stack-of-scalars", lambda: Apply(lambda m, x: x * torch.stack([m.a, m.b, m.a]), a=(), b=()), ((2, 3),), ("affine",)),
+    Layer("token-by-repeat", lambda: Apply(lambda m, x: torch.cat([m.p.repeat(x.shape[0], 1, 1), x], 1), p=(1, 1, 3)), ((2, 3),), ("generic",)),
+    Layer("index", lambda: Apply(lambda m, i: m.p[i], p=(5, 3)), (integers(5, 2),), ("generic",)),
+    Layer("index-select", lambda: Apply(lambda m, i: m.p.index_select(0, i), p=(5, 3)), (integers(5),), ("generic",)),
+    Layer("gather", lambda: Apply(lambda m, i, x: x * m.p.expand(x.shape[0], 5).gather(1, i), p=(1, 5)), (integers(5, 3), (3,)), ("expand",)),
+    Layer("batch-norm-eval", lambda: nn.BatchNorm1d(3).eval(), ((3,),), ("generic",)),
+    Layer("batch-norm-2d-eval", lambda: nn.BatchNorm2d(3).eval(), ((3, 2, 2),), ("generic",)),
+    Layer("instance-norm", lambda: nn.InstanceNorm2d(2, affine=True), ((2, 3, 3),), ("generic",)),
+    Layer("glu", lambda: nn.Sequential(nn.Linear(3, 4), nn.GLU()), ((3,),), ("linear",)),
+    Layer("attention", Attention, ((3, 4),), ("linear", "linear")),
+    Layer("rnn", lambda: Around(nn.RNN(3, 2, batch_first=True), lambda x: x, lambda h, x: h[0]), ((3, 3),), ("generic",)),
+    Layer("gru", lambda: Around(nn.GRU(3, 2, batch_first=True), lambda x: x, lambda h, x: h[0]), ((3, 3),), ("generic",)),
+    Layer("lstm", lambda: Around(nn.LSTM(3, 2, batch_first=True), lambda x: x, lambda h, x: h[0]), ((3, 3),), ("generic",)),
+    Layer("lstm-cell", lambda: Around(nn.LSTMCell(3, 2), lambda x: x, lambda h, x: h[0]), ((3,),), ("generic",)),
+    Layer("embedding-bag", lambda: nn.EmbeddingBag(5, 3), (integers(5, 4),), ("generic",)),
+    Layer("twice", Twice, ((3,),), ("linear", "linear", "affine")),
+]  # fmt: skip
+
+LAYERS = [*LINEAR, *CONVOLUTION, *EMBEDDING, *AFFINE, *EXPAND, *GENERIC]
+
+
+# --- what a rule is held against ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Linearized:
+    """A layer's rules on one batch, and what plain autograd says."""
+
+    chain: Chain
+    model: nn.Module
+    leaves: list[Tensor]
+    parameters: Parameters
+    found: list  # (ParamUse, Rule)
+    H: Tensor  # (R, *output.shape), the cotangents at the output
+    batch: int
+
+    def fresh(self, kind: type[Rule] | None = None) -> list:
+        """The uses with new rules (nothing cached), of a given class or their own."""
+        return [
+            (u, (kind or rule_by_name(u.rule))(r.node, r.values, r.cotangent, r.arguments, r.layouts, r.batch))
+            for u, r in self.found
+        ]
+
+
+@functools.cache
+def captured(layer: Layer) -> tuple[Chain, nn.Module]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = layer.build().double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    return build_chain(model, None, layer.sample(4), {}, ()), model
+
+
+def linearize(layer: Layer, batch: int, columns: int) -> Linearized:
+    """Pull random cotangents of the output back to the layer's operators, as the program does."""
+    chain, model = captured(layer)
+    leaves = list(layer.sample(batch))
+    params = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    env = context(chain, dict(model.named_buffers(remove_duplicate=False)), leaves, params)
+    parameters = Parameters(chain, params, env)
+    tapes = []
+    for stage in chain.stages:
+        tapes.append(Tape())
+        forward(chain, stage.nodes, env, parameters, stage=stage.index, tape=tapes[-1])
+    (output,) = chain.terminal
+    H = torch.randn(columns, *env[output].shape, dtype=torch.float64)
+    cotangents = {output: H}
+    found = []
+    for stage, tape in zip(reversed(chain.stages), reversed(tapes), strict=True):
+        taps = pullback(chain, stage, tape, env, cotangents, columns)
+        found += rules(chain, stage, taps, env, parameters, batch)
+    return Linearized(chain, model, leaves, parameters, found, H, batch)
+
+
+def per_sample(output: Tensor, H: Tensor, batch: int, leaves: list[Tensor]) -> list[Tensor]:
+    """grad of <H[c, i], output_i> with respect to each leaf, by one `autograd.grad` each: (B, R, *M) a leaf."""
+    rows = []
+    for i in range(batch):
+        for h in H:
+            scalar = (h * output).unflatten(0, (batch, -1))[i].sum()
+            rows.append(torch.autograd.grad(scalar, leaves, retain_graph=True, materialize_grads=True))
+    columns = [torch.stack(g) for g in zip(*rows, strict=True)]
+    return [g.unflatten(0, (batch, len(H))) for g in columns]
+
+
+def argument_reference(at: Linearized) -> dict[tuple[fx.Node, fx.Node], Tensor]:
+    """(operator, argument) -> Gamma's columns, on the captured graph with a leaf for each use of an argument."""
+    chain, arguments = at.chain, {(u.node, a): None for u, _ in at.found for a in u.arguments}
+    values = placeholder_values(chain.captured, dict(at.parameters.params), dict(at.model.named_buffers()), at.leaves)
+    env: dict[fx.Node, object] = {}
+    for node in chain.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = values[node.name]
+        elif node.op == "get_attr":
+            env[node] = getattr(chain.captured.module, node.target)
+        elif node.op == "call_function":
+
+            def lookup(a: fx.Node, node: fx.Node = node) -> object:
+                if (node, a) not in arguments:
+                    return env[a]
+                if arguments[node, a] is None:
+                    arguments[node, a] = env[a].detach().clone().requires_grad_()
+                return arguments[node, a]
+
+            env[node] = node.target(*fx.node.map_arg(node.args, lookup), **fx.node.map_arg(node.kwargs, lookup))
+    output = env[chain.terminal[0]]
+    return dict(zip(arguments, per_sample(output, at.H, at.batch, list(arguments.values())), strict=True))
+
+
+def parameter_reference(at: Linearized) -> dict[str, Tensor]:
+    """Parameter name -> Gamma's columns over all uses, on the module itself."""
+    leaves = {n: p for n, p in at.model.named_parameters() if p.requires_grad}
+    gradients = per_sample(at.model(*at.leaves), at.H, at.batch, list(leaves.values()))
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def blocks_of(columns: Tensor, group: int) -> Tensor:
+    """K of dense columns (B, R, *M): the Gram of each group of samples, (G, n, n), missing samples zero."""
+    batch, r = columns.shape[:2]
+    flat = columns.reshape(batch, r, -1)
+    found = []
+    for first in range(0, batch, group):
+        G = torch.zeros(group, r, flat.shape[-1], dtype=torch.float64)
+        G[: len(flat[first : first + group])] = flat[first : first + group]
+        found.append(G.flatten(0, 1) @ G.flatten(0, 1).T)
+    return torch.stack(found)
+
+
+def close(got: Tensor, want: Tensor, what: str) -> None:
+    assert got.shape == want.shape, f"{what}: {tuple(got.shape)} is not {tuple(want.shape)}"
+    assert got.dtype == want.dtype == torch.float64
+    gap, scale = float((got - want).abs().max()), max(1.0, float(want.abs().max()))
+    assert gap <= TOLERANCE * scale, f"{what}: off by {gap:.3g} of {scale:.3g}"
+
+
+def check(use, rule: Rule, reference: dict, batch: int, columns: int) -> None:
+    """gram, contract, inner and dense of one rule, before and after it has its columns at hand."""
+    for argument in use.arguments:
+        want = reference[use.node, argument]
+        what = f"{type(rule).__name__} of {use.node.target}, {argument.name}, B={batch}, R={columns}"
+        omega = torch.randn(batch, columns, dtype=torch.float64)
+        direction = torch.randn(want.shape[2:], dtype=torch.float64)
+        contracted = torch.tensordot(omega, want, 2)
+        close(rule.contract(argument, omega), contracted, f"contract, {what}")
+        close(rule.inner(argument, direction), (want * direction).reshape(batch, columns, -1).sum(2), f"inner, {what}")
+        for group in {batch, *(g for g in GROUPS if g <= batch)}:
+            close(
+                rule.gram(argument, Blocks(batch, columns, group)), blocks_of(want, group), f"gram in {group}s, {what}"
+            )
+        close(rule.dense(argument), want, f"dense, {what}")
+        close(rule.contract(argument, omega), contracted, f"contract after dense, {what}")
+
+
+def case(layer: Layer):
+    marks = [pytest.mark.xfail(strict=True, reason=layer.xfail)] if layer.xfail else []
+    return pytest.param(layer, id=layer.name, marks=marks)
+
+
+@pytest.mark.parametrize("layer", [case(layer) for layer in LAYERS])
+def test_rules_equal_autograd(layer):
+    chain, _ = captured(layer)
+    assert tuple(u.rule for s in chain.stages for u in s.uses) == layer.rules
+    assert chain.mixing is None
+    for batch, columns in SIZES:
+        at = linearize(layer, batch, columns)
+        reference = argument_reference(at)
+        dense: dict[str, Tensor] = {}
+        for (use, rule), (_, generic) in zip(at.fresh(), at.fresh(Rule), strict=True):
+            check(use, rule, reference, batch, columns)
+            if rule.name != "generic":
+                check(use, generic, reference, batch, columns)
+            for argument in use.arguments:
+                part = at.parameters.pull(argument, rule.dense(argument), columns=True)
+                for name, value in part.items():
+                    dense[name] = dense[name] + value if name in dense else value
+        by_name = parameter_reference(at)
+        assert set(dense) == set(chain.parameter_names) == set(by_name)
+        for name, want in by_name.items():
+            close(dense[name], want, f"Gamma of {name}")
