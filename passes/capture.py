@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from ddpn_fx.passes.errors import CaptureError
+from ddpn_fx.passes.provenance import is_library
 
 # Candidates for the traced batch size, the smallest that is no other dimension of the model wins.
 _TRACE_BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
@@ -207,7 +208,7 @@ def _user_frame(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "/passes/" not in name and "/ddpn_fx/" not in name and not name.startswith("<"):
+        if not is_library(name) and not name.startswith("<"):
             frame = f"  at {name}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}\n"
         trace = trace.tb_next
     return frame

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -141,7 +141,7 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
             if index == 3
             else write(aten.var.correction, wide, dims, correction=1, keepdim=False)
         )
-        old = write(aten.mul.Tensor, running, 1.0 - float(momentum))
+        old = write(aten.mul.Tensor, running, 1.0 - cast(float, momentum))
         return write(aten.add.Tensor, old, write(aten.mul.Tensor, fresh, momentum))
     if index != 0:
         return None

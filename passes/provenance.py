@@ -8,17 +8,31 @@ Outside a trace it does nothing.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+import ddpn_fx
+
 KEYS = ("module_path", "source", "stage", "role")
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>[^\n]+)(?:\n\s*(?P<text>[^\n]*))?')
+
+
+# Folders whose frames are not the user's: torch, and this package by either of its paths.
+_PACKAGES = (Path(fx.__file__).parents[1], Path(__file__).parent, Path(__file__).resolve().parent)
+_LIBRARIES = tuple(f"{p}{os.sep}" for p in (*_PACKAGES, Path(ddpn_fx.__file__).parent))
+
+
+def is_library(file: str) -> bool:
+    """Whether a source file belongs to torch or to ddpn_fx."""
+    return file.startswith(_LIBRARIES)
 
 
 def module_path(node: fx.Node) -> str:
@@ -41,7 +55,7 @@ def source_line(node: fx.Node) -> str:
     trace = node.meta.get("stack_trace")
     if not trace:
         return str(node.meta.get("source", ""))
-    frames = [m for m in _FRAME.finditer(trace) if "/torch/" not in m["file"] and "/ddpn_fx/" not in m["file"]]
+    frames = [m for m in _FRAME.finditer(trace) if not is_library(m["file"])]
     frames = frames or list(_FRAME.finditer(trace))
     if not frames:
         return ""
