@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
@@ -29,28 +27,16 @@ def graphs_with_inputs(net: CompiledModule) -> dict[str, tuple[fx.GraphModule, l
         found["captured"] = (chain.captured.module, None)
         for stage in chain.stages:
             found[f"stage{stage.index}"] = (stage_module(chain, stage.index), None)
-    for number, (lowered, leaves) in net._lowered.items():
+    named = dict(net.named_parameters(remove_duplicate=False)), dict(net.named_buffers(remove_duplicate=False))
+    for number, lowered in enumerate(net._lowered):
         suffix = "" if number == 0 else f"_{number + 1}"
-        flat = _inputs(net, lowered, leaves)
+        flat = lowered.sample(*named)
         params, buffers, batch, vector, state = lowered.signature.unflatten(flat, lowered.program)
         for name, pair in parts(lowered.program, params, buffers, batch, vector, state).items():
             found[name + suffix] = pair
         if lowered.module is not None:
             found["step" + suffix] = (lowered.module, flat)
     return found
-
-
-def _inputs(net: CompiledModule, lowered: Any, leaves: list[Any]) -> list[Tensor]:
-    """Copies of present tensors in the order of the program's flat arguments."""
-    params = {n: p.detach().clone() for n, p in net.named_parameters(remove_duplicate=False)}
-    buffers = {n: b.detach().clone() for n, b in net.named_buffers(remove_duplicate=False)}
-    optimizer = net._optimizer
-    vector = optimizer._hyper_vector(lowered).clone()
-    state = {
-        n: t.detach().clone()
-        for n, t in optimizer._state_tensors(lowered, dict(net.named_parameters(remove_duplicate=False))).items()
-    }
-    return lowered.signature.flatten(params, buffers, leaves, vector, state)
 
 
 def stage_module(chain: Chain, index: int) -> fx.GraphModule:

@@ -19,7 +19,7 @@ from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.pipeline import build_chain
 
 _PREFIXES = ("_orig_mod.", "module.")
-_OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_optimizer")
+_OWN = ("_original", "_options", "_chains", "_lowered", "_forward")
 
 
 def compile(
@@ -92,7 +92,7 @@ class CompiledModule(nn.Module):
         super().__init__()
         own = self.__dict__
         own["_original"], own["_options"] = model, dict(options)
-        own["_chains"], own["_lowered"], own["_forward"], own["_optimizer"] = {}, {}, None, None
+        own["_chains"], own["_lowered"], own["_forward"] = {}, [], None
         # One set of parameters: the wrapper's registries are the module's own.
         own["_parameters"], own["_buffers"], own["_modules"] = model._parameters, model._buffers, model._modules
         own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set

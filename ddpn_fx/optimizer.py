@@ -116,7 +116,6 @@ class DDPNOpt(Optimizer):
         self._step_count: Tensor | None = None
         self._fold_allowed = not isinstance(gain, Tensor)
         super().__init__(self._groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        net._optimizer = self
 
     @staticmethod
     def _groups(net: CompiledModule, params: Iterable[Any] | None) -> list[Any]:
@@ -283,7 +282,7 @@ class DDPNOpt(Optimizer):
             compile_kwargs=kwargs_of_compile,
         )
         self._programs[key] = lowered
-        net._lowered[len(net._lowered)] = (lowered, [t.detach() if isinstance(t, Tensor) else t for t in leaves])
+        net._lowered.append(lowered)
         return lowered
 
     def _key(self, leaves: list[Any], args: Any, kwargs: Any, targets: Any) -> Any:

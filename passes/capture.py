@@ -12,6 +12,7 @@ state, buffers and ``.grad`` are restored.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -184,6 +185,7 @@ def _export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> t
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(objective, batch, strict=False, dynamic_shapes=shapes)
+            detach_no_grad(program.graph_module)
             return program.run_decompositions({})
     except Exception as error:
         text = str(error)
@@ -200,6 +202,26 @@ def _export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> t
             f"ddpn_fx.compile: torch.export could not capture {type(objective.model).__name__}.{hint}\n"
             f"{_user_frame(error)}{text}"
         ) from error
+
+
+def detach_no_grad(module: fx.GraphModule) -> None:
+    """Detach what leaves a ``torch.no_grad()`` region: the later inlining of the region would forget it."""
+    for child in module.children():
+        if isinstance(child, fx.GraphModule):
+            detach_no_grad(child)
+    graph = module.graph
+    for region in graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled):
+        if region.args[0]:
+            continue
+        for out in list(region.users):
+            value = out.meta.get("val")
+            if out.target is not operator.getitem or not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            with graph.inserting_after(out):
+                detached = graph.call_function(torch.ops.aten.detach.default, (out,))
+            detached.meta = dict(out.meta)
+            out.replace_all_uses_with(detached, delete_user_cb=lambda user, own=detached: user is not own)
+    module.recompile()
 
 
 def _user_frame(error: BaseException) -> str:

@@ -168,6 +168,8 @@ def forward(
 
 def _sources(chain: Chain, node: fx.Node, env: Env) -> list[fx.Node]:
     """The operator's inputs that depend on a control and can be differentiated."""
+    if node.target is torch.ops.aten.detach.default:
+        return []
     return [
         a
         for a in node.all_input_nodes

@@ -80,14 +80,33 @@ def signature(program: Program, state: Mapping[str, Tensor]) -> Signature:
 class Lowered:
     """A step ready to run: ``run(*flat) -> (statistics vector,)``, writing its results in place.
 
-    ``module`` is the fused graph; None where tracing is disabled.
+    ``module`` is the fused graph; None where tracing is disabled. ``vector`` and ``shapes`` (of the
+    batch's tensors and the optimiser state) are what it takes to make inputs for inspection: of the
+    batch itself nothing is kept.
     """
 
     program: Program
     signature: Signature
     module: fx.GraphModule | None
     run: Callable[..., Any]
+    vector: Tensor
+    shapes: list[tuple[torch.Size, torch.dtype, torch.device]]
     records: list[PassRecord] = field(default_factory=list)
+
+    def sample(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> list[Tensor]:
+        """Inputs to run the graphs on: copies of present weights and buffers, a random batch, empty state."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+            if dtype.is_floating_point:
+                return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        count = self.signature.leaves
+        batch = [draw(*s) for s in self.shapes[:count]]
+        state = [torch.zeros(s, dtype=d, device=v) for s, d, v in self.shapes[count:]]
+        held = [params[n] for n in self.signature.params] + [buffers[n] for n in self.signature.buffers]
+        return [*(t.detach().clone() for t in held), *batch, self.vector.clone(), *state]
 
 
 def lower(
@@ -114,8 +133,10 @@ def lower(
         compile_kwargs: further arguments of ``torch.compile``.
     """
     names = signature(program, state)
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    shapes = [(t.shape, t.dtype, t.device) for t in [*tensors, *(state[n] for n in names.state)]]
     if backend is None:
-        return Lowered(program, names, None, _untraced(program, names))
+        return Lowered(program, names, None, _untraced(program, names), vector.clone(), shapes)
     flat = names.flatten(params, buffers, leaves, vector, state)
     records: list[PassRecord] = []
     written: list[tuple[int, int]] = []
@@ -150,7 +171,7 @@ def lower(
         with timed("lower", records, module.graph) as record:
             run = torch.compile(module, fullgraph=True, dynamic=False, backend=backend, **compile_kwargs)
             record.after = op_counts(module.graph)
-    return Lowered(program, names, module, run, records)
+    return Lowered(program, names, module, run, vector.clone(), shapes, records)
 
 
 def _untraced(program: Program, names: Signature) -> Callable[..., tuple[Tensor]]:

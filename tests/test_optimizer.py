@@ -370,7 +370,7 @@ def test_schedulers_change_the_step_and_nothing_else(name, momentum, nets=[]):  
             scheduler.step(*metric)
             other.step(*metric)
     assert len(seen) > 1
-    assert len(opt._programs) == 1
+    assert len(opt.net._lowered) == 1
     assert len(net._chains) == 1
 
 
@@ -406,7 +406,7 @@ def test_lr_as_a_tensor():
     opt.train_step(x, y)
     scheduler.step()
     assert float(opt.param_groups[0]["lr"]) == 0.125
-    assert len(opt._programs) == 1
+    assert len(opt.net._lowered) == 1
 
 
 def test_numbers_that_change_are_checked():
@@ -436,7 +436,7 @@ def test_gain_and_trust_change_between_steps():
         opt.train_step(x, y)
         params = want.params
         assert_equal(dict(net.named_parameters()), params, 1e-9)
-    assert len(opt._programs) == 1
+    assert len(opt.net._lowered) == 1
     opt.gain, opt.trust = 0.5, None
     (x,), y = CASE.sample(4, 9)
     opt.train_step(x, y)
@@ -462,7 +462,7 @@ def test_batches_of_other_sizes_take_no_new_capture():
         opt.train_step(x, y)
         assert_equal(dict(net.named_parameters()), params, 1e-9)
     assert len(net._chains) == 1
-    assert len(opt._programs) == 4
+    assert len(opt.net._lowered) == 4
 
 
 # --- groups ---------------------------------------------------------------------------------------

@@ -47,7 +47,9 @@ class Linear(Rule):
         """Weight: sum_pq (x_p . x_q)(h_p . h_q); bias: the Gram of the summed cotangents."""
         if self._is_weight(argument):
             return product_gram(self.x, self.h, blocks)
-        return gram_matrix(blocks.columns_of(self.h.to(accumulate_dtype(self.h.dtype)).sum(2)))
+        h = self.h.to(accumulate_dtype(self.h.dtype))
+        # With one position written as the weight's Gram of h is, so that the two become one.
+        return gram_matrix(blocks.columns_of(h[:, :, 0] if h.shape[2] == 1 else h.sum(2)))
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Weight: (sum_c omega h)^T x in one product; bias: its sum over samples and positions."""
