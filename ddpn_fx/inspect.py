@@ -28,7 +28,7 @@ def graphs_with_inputs(net: CompiledModule) -> dict[str, tuple[fx.GraphModule, l
         for stage in chain.stages:
             found[f"stage{stage.index}"] = (stage_module(chain, stage.index), None)
     named = dict(net.named_parameters(remove_duplicate=False)), dict(net.named_buffers(remove_duplicate=False))
-    for number, lowered in enumerate(net._lowered):
+    for number, lowered in enumerate(net._lowered.values()):
         suffix = "" if number == 0 else f"_{number + 1}"
         flat = lowered.sample(*named)
         params, buffers, batch, vector, state = lowered.signature.unflatten(flat, lowered.program)

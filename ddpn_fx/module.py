@@ -1,25 +1,33 @@
 """``ddpn_fx.compile``: the wrapper module that a user trains through.
 
 The wrapper is the user's module in all that others see: same parameters, buffers and names, same
-``state_dict``, attributes forwarded, copies and pickles. Capture is lazy: the first batch that
-:meth:`~ddpn_fx.DDPNOpt.train_step` meets, or ``example_inputs``, in the module's mode of then.
+``state_dict``, hooks, attributes and methods forwarded, copies and pickles. Capture is lazy: the first
+batch that :meth:`~ddpn_fx.DDPNOpt.train_step` meets, or ``example_inputs``, in the module's mode of
+then. What the capture rests on (modes, what is trainable, dtypes, shapes, plain settings such as a
+dropout rate, hooks, autocast) is part of its key, so a change of these is captured anew and never missed.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from ddpn_fx.passes.capture import Objective, borrowed
+from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.pipeline import build_chain
 
 _PREFIXES = ("_orig_mod.", "module.")
-_OWN = ("_original", "_options", "_chains", "_lowered", "_forward")
+_OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile")
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def compile(
@@ -46,13 +54,16 @@ def compile(
             compiled once per batch shape.
         disable: compile and trace nothing: steps run as ordinary eager code, for debugging. The
             generated graphs of a step do not exist then.
-        **compile_kwargs: further arguments of ``torch.compile``, such as ``options``.
+        **compile_kwargs: further arguments of ``torch.compile``, such as ``options``. ``fullgraph`` is for the
+            module's own forward pass; a training step always is one graph.
 
     Returns:
         An ``nn.Module`` with the same outputs, parameters and ``state_dict`` keys.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``loss`` not callable.
+        TypeError: ``model`` is not a module, ``loss`` not callable, or an argument unknown to ``torch.compile``.
+        ValueError: a backend, mode or option that ``torch.compile`` does not know, or a loss with trainable
+            parameters of its own.
 
     Equivalent to ``torch.compile(model)`` where no ``DDPNOpt`` is made.
     """
@@ -60,16 +71,27 @@ def compile(
         raise TypeError("ddpn_fx.compile: the module is already compiled by ddpn_fx; pass the original module")
     if not isinstance(model, nn.Module):
         raise TypeError(f"ddpn_fx.compile: model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"ddpn_fx.compile: model is wrapped in {type(model).__name__}, whose gradient exchange a training step "
+            "would not see; pass the wrapped module, model.module"
+        )
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile(model): compiled again here
+        model = model._orig_mod  # type: ignore[assignment]
     if loss is not None and not callable(loss):
         raise TypeError(
-            f"ddpn_fx.compile: loss must be a callable (output, target) -> scalar, not {type(loss).__name__}; "
-            "for instance loss=torch.nn.functional.cross_entropy"
+            "ddpn_fx.compile: loss must be a callable (output, target) -> scalar, "
+            f"not {type(loss).__name__}; for instance loss=torch.nn.functional.cross_entropy"
         )
-    if not disable and isinstance(backend, str) and backend not in torch._dynamo.list_backends(exclude_tags=()):
-        raise ValueError(
-            f"ddpn_fx.compile: backend={backend!r} is not known to torch.compile; "
-            f"choose one of {torch._dynamo.list_backends()}, or 'eager'"
-        )
+    if isinstance(loss, nn.Module):
+        own = [n for n, p in loss.named_parameters() if p.requires_grad]
+        if own:
+            raise ValueError(
+                f"ddpn_fx.compile: loss={type(loss).__name__} has trainable parameters of its own ({', '.join(own)}), "
+                "which would never be trained; move them into the model, or freeze them with loss.requires_grad_(False)"
+            )
+    if not disable:
+        _check_torch_options(backend, mode, compile_kwargs)
     options = {
         "loss": loss,
         "backend": None if disable else backend,
@@ -83,20 +105,43 @@ def compile(
     return net
 
 
+def _check_torch_options(backend: Any, mode: Any, compile_kwargs: Mapping[str, Any]) -> None:
+    """Let ``torch.compile`` judge its options now instead of at the first batch."""
+    known = set(inspect.signature(torch.compile).parameters) - {"model", "disable", "backend", "mode", "dynamic"}
+    for name in compile_kwargs:
+        if name not in known:
+            raise TypeError(
+                f"ddpn_fx.compile: {name}= is no argument of ddpn_fx.compile nor of torch.compile, "
+                f"which takes {', '.join(sorted(known))}"
+            )
+    if isinstance(backend, str) and backend not in torch._dynamo.list_backends(exclude_tags=()):
+        raise ValueError(
+            f"ddpn_fx.compile: backend={backend!r} is not known to torch.compile; "
+            f"choose one of {torch._dynamo.list_backends()}, or 'eager'"
+        )
+    if backend == "inductor" and (mode is not None or compile_kwargs.get("options")):
+        try:
+            torch.compile(_identity, backend=backend, mode=mode, options=compile_kwargs.get("options"))
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"ddpn_fx.compile: torch.compile refuses mode={mode!r}, options={compile_kwargs.get('options')!r}: {error}"
+            ) from None
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
 class CompiledModule(nn.Module):
     """What :func:`compile` returns; not made directly."""
 
     _forward: Callable[..., Any] | None
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
-        super().__init__()
+        # Nothing of nn.Module's own state: registries, hooks and flags are all the module's (see __getattr__).
         own = self.__dict__
         own["_original"], own["_options"] = model, dict(options)
-        own["_chains"], own["_lowered"], own["_forward"] = {}, [], None
-        # One set of parameters: the wrapper's registries are the module's own.
-        own["_parameters"], own["_buffers"], own["_modules"] = model._parameters, model._buffers, model._modules
-        own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
-        own["training"] = model.training
+        own["_chains"], own["_lowered"], own["_forward"], own["_volatile"] = {}, {}, None, frozenset()
 
     # -- what ddpn_fx adds -------------------------------------------------------------------------
 
@@ -127,26 +172,93 @@ class CompiledModule(nn.Module):
             inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
             target: what the loss takes beside the output.
             with_target: whether ``target`` is given.
+
+        Raises:
+            ValueError: the batch is empty or holds no tensor.
+            CaptureError: the module cannot be captured.
+            Exception: whatever the module or the loss itself raises on this batch in eager mode.
         """
         args, kwargs = split_inputs(inputs)
         targets = (target,) if with_target else ()
         loss = self._options["loss"]
-        key = (self._signature(), bool(targets) or loss is None, _structure((args, kwargs, targets)))
+        batch = _structure((args, kwargs, targets))
+        key = (self._signature(), bool(targets) or loss is None, batch)
         if key not in self._chains:
-            self._chains[key] = build_chain(self._original, loss, args, kwargs, targets, module_loss=loss is None)
-        chain: Chain = self._chains[key]
-        return chain
+            check_batch("ddpn_fx.compile", args, kwargs, targets)
+            args, kwargs, targets = pytree.tree_map_only(Tensor, _finite, (args, kwargs, targets))
+            with self._undisturbed(), torch.inference_mode(False), torch.enable_grad():
+                self._try(args, kwargs, targets)
+                chain = build_chain(self._original, loss, args, kwargs, targets, module_loss=loss is None)
+            key = (self._signature(), *key[1:])  # what the forward pass itself changes is known now
+            self._chains[key] = chain
+        found: Chain = self._chains[key]
+        return found
+
+    def _try(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: tuple[Any, ...]) -> None:
+        """Run the module and the loss once in eager mode, so that what fails there fails in its own words."""
+        loss = self._options["loss"]
+        with borrowed(self._original), torch.no_grad():
+            try:
+                Objective(self._original, loss, loss is None)(args, dict(kwargs), targets)
+            except CaptureError:
+                raise
+            except Exception as error:
+                shapes = [
+                    f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)[:40]
+                    for t in pytree.tree_leaves((args, kwargs, targets))
+                ]
+                error.add_note(
+                    f"ddpn_fx: {type(self._original).__name__} or its loss fails so in eager mode, "
+                    f"on a batch of {', '.join(shapes)}"
+                )
+                raise
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Give back the random state and the plain attributes of the modules; note which a forward pass changes."""
+        modules = list(self._original.modules())
+        before = [dict(m.__dict__) for m in modules]
+        devices = sorted({p.device.index or 0 for p in self._original.parameters() if p.device.type == "cuda"})
+        try:
+            with torch.random.fork_rng(devices=devices):
+                yield
+        finally:
+            changed = set()
+            for i, (module, old) in enumerate(zip(modules, before, strict=True)):
+                now = module.__dict__
+                for name in {*old, *now}:
+                    if name not in old or name not in now or now[name] is not old[name]:
+                        changed.add((i, name))
+                        if name in old:
+                            now[name] = old[name]
+                        else:
+                            del now[name]
+            self._volatile = self._volatile | changed
 
     def _signature(self) -> tuple[Any, ...]:
-        modes = tuple(m.training for m in self._original.modules())
-        trainable = tuple(n for n, p in self._original.named_parameters() if p.requires_grad)
-        kind = next(((p.dtype, p.device) for p in self._original.parameters()), None)
-        return modes, trainable, kind
+        """What a capture rests on, beside the batch."""
+        model, volatile = self._original, self._volatile
+        settings = []
+        for i, module in enumerate(model.modules()):
+            settings += [
+                (i, name, value)
+                for name, value in module.__dict__.items()
+                if type(value) in _PLAIN and (i, name) not in volatile
+            ]
+            if module._forward_pre_hooks or module._forward_hooks:
+                settings.append((i, *module._forward_pre_hooks, None, *module._forward_hooks))
+        params = tuple((n, p.requires_grad, p.dtype, p.device, p.shape) for n, p in model.named_parameters())
+        buffers = tuple((n, b.dtype, b.shape) for n, b in model.named_buffers())
+        return tuple(settings), params, buffers, _autocast(params[0][3].type if params else "cpu")
 
     # -- what stays the user's module's ------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own call, hooks included, compiled by the same backend."""
+        return self.forward(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward pass, compiled by the same backend."""
+        """The module's own call, hooks included, compiled by the same backend."""
         options = self._options
         if options["backend"] in (None, "eager"):
             return self._original(*args, **kwargs)
@@ -160,56 +272,31 @@ class CompiledModule(nn.Module):
             )
         return self._forward(*args, **kwargs)
 
-    def train(self, mode: bool = True) -> CompiledModule:
-        """Set training mode, of the wrapper and the module."""
-        self._original.train(mode)
-        self.__dict__["training"] = mode
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's ``state_dict``: the keys carry no prefix."""
-        return self._original.state_dict(*args, **kwargs)
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a ``state_dict``; keys prefixed by ``_orig_mod.`` or ``module.`` are accepted."""
+        if not any(k.startswith(_PREFIXES) for k in state_dict):
+            return self._original.load_state_dict(state_dict, strict=strict, assign=assign)
         known = set(self._original.state_dict())
-        return self._original.load_state_dict(
-            {_strip(k, known): v for k, v in state_dict.items()}, strict=strict, assign=assign
-        )
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The module's parameters under its own names."""
-        return self._original.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """The module's buffers under its own names."""
-        return self._original.named_buffers(*args, **kwargs)
-
-    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CompiledModule:
-        self._original._apply(fn, *args, **kwargs)
-        return self
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> CompiledModule:
-        """Apply a function to the module and its children."""
-        self._original.apply(fn)
-        return self
+        stripped = OrderedDict((_strip(k, known), v) for k, v in state_dict.items())
+        versions = getattr(state_dict, "_metadata", None)
+        if versions is not None:
+            names = {n + "." for n, _ in self._original.named_modules() if n} | {""}
+            stripped._metadata = {_strip(k + ".", names)[:-1]: v for k, v in versions.items()}  # type: ignore[attr-defined]
+        return self._original.load_state_dict(stripped, strict=strict, assign=assign)
 
     def extra_repr(self) -> str:
         """Name the wrapped module."""
         return f"ddpn_fx.compile({type(self._original).__name__})"
 
+    def _get_name(self) -> str:
+        return "CompiledModule"
+
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_original"], name)
+        return getattr(self.__dict__["_original"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OWN:
             self.__dict__[name] = value
-        elif name == "training":
-            self.__dict__[name] = value
-            self._original.training = value
         else:
             setattr(self._original, name, value)
 
@@ -218,6 +305,15 @@ class CompiledModule(nn.Module):
 
     def __getitem__(self, index: Any) -> Any:
         return self._original[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._original[index] = value  # type: ignore[index]
+
+    def __delitem__(self, index: Any) -> None:
+        del self._original[index]  # type: ignore[attr-defined]
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self._original  # type: ignore[operator]
 
     def __len__(self) -> int:
         return len(self._original)
@@ -239,6 +335,73 @@ class CompiledModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledModule, (self._original, self._options)
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    """A method that is the module's own; where that returns the module, it returns the wrapper."""
+
+    def method(self: CompiledModule, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(self._original, name)(*args, **kwargs)
+        return self if found is self._original else found
+
+    method.__name__, method.__qualname__ = name, f"CompiledModule.{name}"
+    method.__doc__ = f"As the module's own ``{name}``."
+    return method
+
+
+# Every other method of nn.Module is the user's module's, so what its class overrides holds here too.
+for _name, _value in vars(nn.Module).items():
+    if inspect.isfunction(_value) and not _name.startswith("__") and _name not in vars(CompiledModule):
+        setattr(CompiledModule, _name, _forwarded(_name))
+
+
+def check_batch(call: str, args: Any, kwargs: Any, targets: Any) -> int:
+    """B, after checking that the batch is not empty and that the target has its length.
+
+    Raises:
+        ValueError: no batch dimension, an empty batch, or a target of another length.
+        TypeError: something other than tensors where tensors belong.
+    """
+    leaves = pytree.tree_leaves((args, kwargs))
+    tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim() > 0]
+    if not tensors:
+        other = next((t for t in leaves if not isinstance(t, (Tensor, *_PLAIN))), None)
+        if other is not None:
+            raise TypeError(
+                f"{call}: inputs holds no tensor but a {type(other).__name__}; pass torch.as_tensor(inputs), "
+                "a tuple or a dict of tensors"
+            )
+        raise ValueError(
+            f"{call}: inputs holds no tensor with a batch dimension; pass a tensor, a tuple or a dict of tensors"
+        )
+    batch = tensors[0].shape[0]
+    if batch == 0:
+        raise ValueError(f"{call}: the batch is empty (dimension 0 of the inputs is 0)")
+    found = pytree.tree_leaves(targets)
+    strange = [t for t in found if not isinstance(t, (Tensor, *_PLAIN))]
+    if strange or (targets and not any(isinstance(t, Tensor) for t in found)):
+        kind = type(strange[0] if strange else targets[0]).__name__
+        raise TypeError(
+            f"{call}: the target must be a tensor, or a tuple or dict of tensors, not a {kind}; "
+            "pass torch.as_tensor(target)"
+        )
+    for t in found:
+        if not isinstance(t, Tensor):
+            continue
+        if t.dim() == 0 or t.shape[0] == 0 or t.shape[0] % batch:
+            length = "no batch dimension" if t.dim() == 0 else f"length {t.shape[0]}"
+            raise ValueError(f"{call}: the target has {length}, but the batch has {batch} samples")
+    return int(batch)
+
+
+def _finite(t: Tensor) -> Tensor:
+    """The tensor with zeros for what is not finite: an example must show which samples mix."""
+    return torch.where(t.isfinite(), t, torch.zeros_like(t)) if t.is_floating_point() else t
+
+
+def _autocast(device: str) -> Any:
+    """The dtype that autocast is on with, or None."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddpn_fx import terminal as terminals
-from ddpn_fx.module import CompiledModule, split_inputs
+from ddpn_fx.module import CompiledModule, check_batch, split_inputs
 from ddpn_fx.passes.errors import LossError, StagingError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
@@ -99,21 +100,24 @@ class DDPNOpt(Optimizer):
                 raise ValueError(f"DDPNOpt: {name}={flag!r} must be True or False")
         if tikhonov != 0.0:
             raise ValueError(f"DDPNOpt: tikhonov={tikhonov!r}: {_LATER['tikhonov']}")
-        if trust is not None and not (math.isfinite(trust) and trust > 0):
-            raise ValueError(f"DDPNOpt: trust={trust!r} must be positive, or None for no clip")
-        if not math.isfinite(float(gain)):
-            raise ValueError(f"DDPNOpt: gain={gain!r} must be finite")
-        if not 0.0 <= float(beta1) < 1.0:
+        for name, number in (("curvature", curvature), ("loss_floor", loss_floor)):
+            if number is not None and not math.isfinite(_number(name, number)):
+                rule = "positive and finite (an upper bound of the loss's Hessian in x_T)"
+                raise ValueError(f"DDPNOpt: {name}={number!r} must be {rule if name == 'curvature' else 'finite'}")
+        if not 0.0 <= _number("beta1", beta1) < 1.0:
             raise ValueError(f"DDPNOpt: beta1={beta1!r} must be in [0, 1)")
-        self._factor = terminals.make(terminal, rank=rank, curvature=curvature, loss_floor=float(loss_floor))
+        self._factor = terminals.make(
+            terminal, rank=rank, curvature=curvature, loss_floor=_number("loss_floor", loss_floor)
+        )
         self.net = net
         self.coupling, self.quu, self.rollout = coupling, quu, rollout
         self.feedback, self.decoupled, self.beta1 = feedback, decoupled, float(beta1)
         self.gain, self.trust = gain, trust
+        self._check_loop()
         self.stats: dict[str, Tensor] = {}
         self._programs: dict[Any, Lowered] = {}
         self._vector: tuple[Any, Tensor] | None = None
-        self._step_count: Tensor | None = None
+        self._averaged: Tensor | None = None
         self._fold_allowed = not isinstance(gain, Tensor)
         super().__init__(self._groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
@@ -126,42 +130,72 @@ class DDPNOpt(Optimizer):
                     "DDPNOpt: the model has no parameter with requires_grad=True, so there is nothing to train"
                 )
             return found
-        if isinstance(params, Tensor):
-            raise TypeError("DDPNOpt: params must be an iterable of parameters or of group dicts, not a tensor")
+        if isinstance(params, Tensor) or not isinstance(params, Iterable):
+            raise TypeError(
+                "DDPNOpt: params must be an iterable of parameters or of group dicts, "
+                f"not {'a tensor' if isinstance(params, Tensor) else repr(params)}"
+            )
         groups = list(params)
         if not groups:
             raise ValueError("DDPNOpt: params is empty; leave it out to train every trainable parameter")
-        known = {id(p) for p in net.parameters()}
         for group in groups:
-            if isinstance(group, Mapping):
-                unknown = set(group) - {"params", *_GROUP_KEYS, "initial_lr", "name"}
-                if unknown:
-                    raise ValueError(
-                        f"DDPNOpt: a parameter group has the unknown option {sorted(unknown)[0]!r}; "
-                        f"groups take {', '.join(_GROUP_KEYS)}"
-                    )
-                members = group["params"]
-            else:
-                members = group
-            for p in [members] if isinstance(members, Tensor) else list(members):
-                tensor = p[1] if isinstance(p, tuple) else p
-                if id(tensor) not in known:
-                    raise ValueError(
-                        f"DDPNOpt: a parameter of shape {tuple(tensor.shape)} in params is not a parameter of the "
-                        "compiled model"
-                    )
+            if not isinstance(group, (Mapping, Tensor, tuple)):
+                raise TypeError(
+                    "DDPNOpt: params must be an iterable of parameters or of group dicts, "
+                    f"not of {type(group).__name__} ({group!r})"
+                )
         return groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as ``torch.optim.Optimizer.add_param_group``; its options are checked."""
-        for key in _GROUP_KEYS:
-            _check_number(key, param_group.get(key, self.defaults[key]))
+        """Add a group, as ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: an unknown option, a number out of range, or a parameter that is not the model's.
+        """
+        if "params" not in param_group:
+            raise ValueError("DDPNOpt: a parameter group has no 'params'")
+        unknown = sorted(set(param_group) - {"params", "param_names", "initial_lr", "name", *_GROUP_KEYS})
+        if unknown:
+            raise ValueError(
+                f"DDPNOpt: a parameter group has the unknown option {unknown[0]!r}; "
+                f"groups take {', '.join(_GROUP_KEYS)}"
+            )
+        members = param_group["params"]
+        if not isinstance(members, (Tensor, set)):  # torch refuses a set; an iterator is read once, here
+            members = list(members)
+            param_group = {**param_group, "params": members}
+        known = {id(p) for p in self.net.parameters()}
+        for item in [members] if isinstance(members, Tensor) else members:
+            tensor = item[1] if isinstance(item, tuple) else item
+            if isinstance(tensor, Tensor) and id(tensor) not in known:
+                raise ValueError(
+                    f"DDPNOpt: a parameter of shape {tuple(tensor.shape)} in params "
+                    "is not a parameter of the compiled model"
+                )
+        numbers = {key: param_group.get(key, self.defaults[key]) for key in _GROUP_KEYS}
+        self._check_group(numbers)
         super().add_param_group(param_group)
-        if self.beta1 and any(float(g["momentum"]) for g in self.param_groups):
-            raise ValueError("DDPNOpt: momentum and beta1 both average the direction; set one of them")
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        for key in _GROUP_KEYS:
+            number = _number(key, group[key])
+            if not (math.isfinite(number) and number >= 0.0):
+                raise ValueError(f"DDPNOpt: {key}={group[key]!r} must be finite and not negative")
+        if self.beta1 and float(group["momentum"]):
+            raise ValueError(
+                "DDPNOpt: momentum and beta1 both average the direction; set one of them "
+                "(a scheduler that sets momentum takes cycle_momentum=False)"
+            )
+
+    def _check_loop(self) -> None:
+        if not math.isfinite(_number("gain", self.gain)):
+            raise ValueError(f"DDPNOpt: gain={self.gain!r} must be finite")
+        if self.trust is not None and not 0.0 < _number("trust", self.trust) < math.inf:
+            raise ValueError(f"DDPNOpt: trust={self.trust!r} must be positive, or None for no clip")
 
     # -- the step ----------------------------------------------------------------------------------
 
+    @Optimizer.profile_hook_step  # step hooks run around it
     def train_step(self, inputs: Any, target: Any = None) -> Tensor:
         """Simulate, solve backward, and roll the feedback policy out: one step on one batch.
 
@@ -175,12 +209,14 @@ class DDPNOpt(Optimizer):
 
         Raises:
             ValueError: the batch is empty, or target and batch differ in length.
-            TypeError: a target is missing, or was given with ``loss=None``.
+            TypeError: a target is missing, or was given with ``loss=None``, or is not a tensor.
             CaptureError: the model cannot be captured (first batch).
             StagingError: a parameter use cannot be covered, or the model mixes samples.
             LossError: the loss does not fit the terminal factor.
+            Exception: on the first batch of a kind, what the model or its loss itself raises on it in eager mode.
 
-        A batch whose factors are not finite changes nothing; ``opt.stats["skipped"]`` is then 1.
+        A batch whose factors are not finite changes nothing; ``opt.stats["skipped"]`` is then 1. Under autocast
+        the model runs in the lower precision, and the recursion in float32 as always.
         """
         loss = self.net._options["loss"]
         if loss is None and target is not None:
@@ -195,19 +231,23 @@ class DDPNOpt(Optimizer):
             )
         args, kwargs = split_inputs(inputs)
         targets = () if loss is None else (target,)
-        leaves = pytree.tree_leaves((args, kwargs, targets))
-        batch = _check_batch(args, kwargs, targets)
-        lowered = self._lowered(args, kwargs, targets, leaves, batch)
+        batch = check_batch("DDPNOpt.train_step", args, kwargs, targets)
         net = self.net
-        params = dict(net.named_parameters(remove_duplicate=False))
-        buffers = dict(net.named_buffers(remove_duplicate=False))
-        vector = self._hyper_vector(lowered)
-        state = self._state_tensors(lowered, params)
-        with torch.no_grad():
-            flat = lowered.signature.flatten(
-                {n: params[n].detach() for n in lowered.signature.params}, buffers, leaves, vector, state
-            )
-            (values,) = lowered.run(*flat)
+        with torch.inference_mode(False), torch.no_grad():
+            args, kwargs, targets = pytree.tree_map_only(Tensor, _normal, (args, kwargs, targets))
+            leaves = pytree.tree_leaves((args, kwargs, targets))
+            params = dict(net.named_parameters(remove_duplicate=False))
+            lowered = self._lowered(args, kwargs, targets, leaves, batch, params)
+            buffers = dict(net.named_buffers(remove_duplicate=False))
+            vector = self._hyper_vector(params)
+            state = self._state(lowered.program, params)
+            with _full_precision(params):
+                flat = lowered.signature.flatten(
+                    {n: params[n].detach() for n in lowered.signature.params}, buffers, leaves, vector, state
+                )
+                (values,) = lowered.run(*flat)
+            if net._options["mode"] is not None:
+                values = values.clone()  # a CUDA graph's next replay writes over its outputs
         self.stats = dict(zip(STATISTICS, values.unbind(), strict=True))
         self._opt_called = True  # torch's schedulers look for a step before theirs
         if getattr(self._factor, "floor", None) is not None or lowered.program.chain.loss_node is None:
@@ -246,51 +286,53 @@ class DDPNOpt(Optimizer):
 
     # -- programs ----------------------------------------------------------------------------------
 
-    def _lowered(self, args: Any, kwargs: Any, targets: Any, leaves: list[Any], batch: int) -> Lowered:
-        key = self._key(leaves, args, kwargs, targets)
-        if key in self._programs:
-            return self._programs[key]
+    def _lowered(
+        self, args: Any, kwargs: Any, targets: Any, leaves: list[Any], batch: int, params: Mapping[str, nn.Parameter]
+    ) -> Lowered:
+        """The program for such a batch and the present structure. Optimizers of one net share them."""
         net = self.net
-        chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
-        mode = self._mode(chain)
-        if chain.mixing is not None and self.feedback:
-            raise StagingError(
-                f"DDPNOpt.train_step: {describe(chain.mixing)} mixes the samples of the batch, "
-                "so a sample has no state of its own; "
-                "use feedback=False (plain gradient steps), or a norm over each sample "
-                "(GroupNorm, LayerNorm) in its place"
-            )
-        program = Program(chain, mode, batch, leaves)
-        params = dict(net.named_parameters(remove_duplicate=False))
-        buffers = dict(net.named_buffers(remove_duplicate=False))
-        detached = {n: p.detach() for n, p in params.items()}
-        options = net._options
-        kwargs_of_compile = dict(options["compile_kwargs"])
-        if options["mode"] is not None:
-            kwargs_of_compile["mode"] = options["mode"]
-        probe = _Names(program, mode)
-        state = self._make_state(probe, params)
-        vector = self._new_vector(next(iter(detached.values())))
-        lowered = lower(
-            program,
-            detached,
-            buffers,
-            leaves,
-            vector,
-            state,
-            backend=options["backend"],
-            compile_kwargs=kwargs_of_compile,
-        )
-        self._programs[key] = lowered
-        net._lowered.append(lowered)
-        return lowered
-
-    def _key(self, leaves: list[Any], args: Any, kwargs: Any, targets: Any) -> Any:
         _, spec = pytree.tree_flatten((args, kwargs, targets))
         shapes = tuple(
             (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t).__name__, repr(t)) for t in leaves
         )
-        return str(spec), shapes, self.net._signature(), self._structure()
+        key = (str(spec), shapes, net._signature())
+        present = (key, self._structure(), tuple(map(id, params.values())))
+        if present in self._programs:
+            return self._programs[present]
+        mode = self._mode(params)
+        chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
+        key = (*key[:2], net._signature(), mode)
+        if key not in net._lowered:
+            with _full_precision(params):
+                net._lowered[key] = self._lower(chain, mode, leaves, batch, params)
+        self._programs[present] = net._lowered[key]
+        return self._programs[present]
+
+    def _lower(
+        self, chain: Chain, mode: Mode, leaves: list[Any], batch: int, params: Mapping[str, nn.Parameter]
+    ) -> Lowered:
+        if chain.mixing is not None and self.feedback:
+            raise StagingError(
+                f"DDPNOpt.train_step: {describe(chain.mixing)} mixes the samples of the batch, so a sample has no "
+                "state of its own; use feedback=False (plain gradient steps), or a norm over each sample "
+                "(GroupNorm, LayerNorm) in its place"
+            )
+        program = Program(chain, mode, batch, leaves)
+        options = self.net._options
+        kwargs_of_compile = {k: v for k, v in options["compile_kwargs"].items() if k != "fullgraph"}
+        if options["mode"] is not None:
+            kwargs_of_compile["mode"] = options["mode"]
+        vector = self._new_vector(next(iter(params.values())))
+        return lower(
+            program,
+            {n: p.detach() for n, p in params.items()},
+            dict(self.net.named_buffers(remove_duplicate=False)),
+            leaves,
+            vector,
+            self._state(program, params),
+            backend=options["backend"],
+            compile_kwargs=kwargs_of_compile,
+        )
 
     def _structure(self) -> Any:
         """The parts of the mode that can change between steps."""
@@ -301,12 +343,25 @@ class DDPNOpt(Optimizer):
         )
         return folds, self.trust is None, groups
 
-    def _mode(self, chain: Chain) -> Mode:
+    def _mode(self, params: Mapping[str, nn.Parameter]) -> Mode:
         folds, no_trust, _ = self._structure()
-        names = {id(p): n for n, p in reversed(list(self.net.named_parameters(remove_duplicate=False)))}
+        names = {id(p): n for n, p in reversed(params.items())}
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if id(p) not in names:
+                    raise ValueError(
+                        f"DDPNOpt.train_step: a parameter of shape {tuple(p.shape)} in group {i} is no longer a "
+                        "parameter of the model (a layer was replaced, or loaded with assign=True); "
+                        "make the optimizer anew"
+                    )
         group = tuple(
             (names[id(p)], i) for i, g in enumerate(self.param_groups) for p in g["params"] if p.requires_grad
         )
+        if not group:
+            raise ValueError(
+                "DDPNOpt.train_step: no parameter of the optimizer's groups has requires_grad=True any more, "
+                "so there is nothing to train"
+            )
         return Mode(
             terminal=self._factor,
             coupling=self.coupling,
@@ -323,62 +378,62 @@ class DDPNOpt(Optimizer):
         )
 
     def _new_vector(self, like: Tensor) -> Tensor:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return torch.tensor(self._numbers(), dtype=dtype).to(like.device, non_blocking=True)
+        return torch.tensor(self._numbers(), dtype=_number_dtype(like)).to(like.device, non_blocking=True)
 
     def _numbers(self) -> list[float]:
+        self._check_loop()
         for group in self.param_groups:
-            for key in _GROUP_KEYS:
-                _check_number(key, group[key])
+            self._check_group(group)
         return Hyper.pack(
             float(self.gain), float("inf") if self.trust is None else float(self.trust), self.beta1, self.param_groups
         )
 
-    def _hyper_vector(self, lowered: Lowered) -> Tensor:
+    def _hyper_vector(self, params: Mapping[str, nn.Parameter]) -> Tensor:
         """The numbers of the step on the device, sent anew only when one has changed."""
-        like = next(iter(self.net.parameters()))
-        numbers = self._numbers()
-        key = (numbers, like.device, like.dtype)
+        like = next(iter(params.values()))
+        key = (self._numbers(), like.device, like.dtype)
         if self._vector is None or self._vector[0] != key:
             self._vector = (key, self._new_vector(like))
         return self._vector[1]
 
-    def _make_state(self, names: _Names, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    def _state(self, program: Program, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """The optimizer state that the program reads and writes, made where it is missing."""
         found = {}
-        for name in names.buffers:
-            slot = self.state[params[name]]
-            if slot.get(names.slot) is None:
-                slot[names.slot] = torch.zeros_like(params[name], memory_format=torch.preserve_format)
-            found[name] = slot[names.slot]
-        if names.step:
-            if self._step_count is None:
-                first = next(iter(params.values()))
-                self._step_count = torch.zeros(
-                    (), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32, device=first.device
-                )
-            found["step"] = self._step_count
+        slot = _slot(program)
+        for name in _buffered(program):
+            kept = self.state[params[name]]
+            if kept.get(slot) is None:
+                kept[slot] = torch.zeros_like(params[name], memory_format=torch.preserve_format)
+            found[name] = kept[slot]
+        if program.mode.average:
+            if self._averaged is None:
+                self._averaged = _zero_count(params)
+            found["step"] = self._averaged
         return found
-
-    def _state_tensors(self, lowered: Lowered, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        return (
-            self._make_state(_Names(lowered.program, lowered.program.mode), params) if lowered.signature.state else {}
-        )
 
     # -- persistence -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``, with the number of averaged steps (beta1)."""
         found = super().state_dict()
-        if self._step_count is not None:
-            found["ddpn_step"] = self._step_count.clone()
+        if self._averaged is not None:
+            found["ddpn_step"] = self._averaged.clone()
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.load_state_dict``."""
+        """As ``torch.optim.Optimizer.load_state_dict``; nothing is shared with what was loaded."""
         state_dict = dict(state_dict)
         step = state_dict.pop("ddpn_step", None)
         super().load_state_dict(state_dict)
-        self._step_count = None if step is None else step.clone()
+        for kept in self.state.values():
+            kept.update({k: v.clone() for k, v in kept.items() if isinstance(v, Tensor)})
+        for group in self.param_groups:
+            for key in _GROUP_KEYS:
+                group.setdefault(key, self.defaults[key])
+        self._averaged = None
+        if step is not None:
+            count = _zero_count(dict(self.net.named_parameters()))
+            self._averaged = torch.as_tensor(step).to(count, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
@@ -393,7 +448,7 @@ class DDPNOpt(Optimizer):
             "gain",
             "trust",
             "_factor",
-            "_step_count",
+            "_averaged",
             "_fold_allowed",
         )
         return {**state, **{k: self.__dict__[k] for k in keep}}
@@ -405,13 +460,35 @@ class DDPNOpt(Optimizer):
         self.__dict__.setdefault("stats", {})
 
 
-class _Names:
-    """Which optimiser state a program keeps: parameters with a buffer, the slot's name, the step count."""
+def _slot(program: Program) -> str:
+    """torch.optim's name of the state that a program keeps for each parameter."""
+    return "exp_avg" if program.mode.average else "momentum_buffer"
 
-    def __init__(self, program: Program, mode: Mode) -> None:
-        self.buffers = [n for n in program.trained if mode.average or mode.momentum[program.group[n]]]
-        self.slot = "exp_avg" if mode.average else "momentum_buffer"
-        self.step = mode.average
+
+def _buffered(program: Program) -> Iterator[str]:
+    """The parameters that a program keeps state for."""
+    mode = program.mode
+    return (n for n in program.trained if mode.average or mode.momentum[program.group[n]])
+
+
+def _zero_count(params: Mapping[str, Tensor]) -> Tensor:
+    first = next(iter(params.values()))
+    return torch.zeros((), dtype=_number_dtype(first), device=first.device)
+
+
+def _number_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _normal(t: Tensor) -> Tensor:
+    """A tensor that autograd can save, where it was made under ``torch.inference_mode``."""
+    return t.clone() if t.is_inference() else t
+
+
+def _full_precision(params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+    """Outside the caller's autocast, whose casts are part of the captured graph already."""
+    kind = next(iter(params.values())).device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...], note: str = "") -> None:
@@ -420,25 +497,10 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...], note: str = "") -> 
         raise ValueError(f"DDPNOpt: {name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}{hint}")
 
 
-def _check_number(key: str, value: Any) -> None:
-    number = float(value)
-    if not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"DDPNOpt: {key}={value!r} must be finite and not negative")
-
-
-def _check_batch(args: Any, kwargs: Any, targets: Any) -> int:
-    """B, after checking that the batch is not empty and that the target has its length."""
-    leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
-    if not leaves:
-        raise ValueError(
-            "DDPNOpt.train_step: inputs holds no tensor with a batch dimension; "
-            "pass a tensor, a tuple or a dict of tensors"
-        )
-    batch = leaves[0].shape[0]
-    if batch == 0:
-        raise ValueError("DDPNOpt.train_step: the batch is empty (dimension 0 of the inputs is 0)")
-    for t in pytree.tree_leaves(targets):
-        if isinstance(t, Tensor) and (t.dim() == 0 or t.shape[0] % batch):
-            length = "no batch dimension" if t.dim() == 0 else f"length {t.shape[0]}"
-            raise ValueError(f"DDPNOpt.train_step: the target has {length}, but the batch has {batch} samples")
-    return batch
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"DDPNOpt: {name}={value!r} must be a number") from None

@@ -12,7 +12,7 @@ Widths are tiny, since the oracle is dense. Shapes: B batch, P positions (none i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -164,6 +164,16 @@ def elementary(net: Net) -> list[Atom]:
         if a.out in needed:
             needed |= set(a.reads)
     return [a for a in found if a.out in needed]
+
+
+def reached(atoms: Sequence[Atom]) -> set[str]:
+    """The parameters that the last atom's value has a gradient with respect to."""
+    slots, parameters = {atoms[-1].out} if atoms else set(), set()
+    for a in reversed(atoms):
+        if a.out in slots and a.op != "detach":
+            slots |= set() if a.op == "token" else set(a.reads)
+            parameters |= set(a.parameters)
+    return parameters
 
 
 @dataclass
@@ -388,17 +398,8 @@ def nets(draw, losses=tuple(LOSSES), sizes=(1, 9)) -> Net:
         b.shapes[f"p{len(b.shapes)}"] = (2,)  # unused
     frozen = frozenset(n for n in b.shapes if draw(st.integers(0, 6)) == 0)
     loss = draw(st.sampled_from(losses))
-    if not _differentiable(b.atoms, set(b.shapes) - frozen):
+    if not reached(b.atoms) & (set(b.shapes) - frozen):
         x, frozen = b.linear(x, CLASSES), frozenset()
     tables = (tuple(t.items()) for t in (b.shapes, inputs, b.layers))
     shapes, given, layers = tables
     return Net(tuple(b.atoms), shapes, frozen, given, layers, loss, b.slots[x])
-
-
-def _differentiable(atoms: list[Atom], trainable: set[str]) -> bool:
-    """Whether the last atom's value has a gradient with respect to a trainable parameter."""
-    moves: dict[str, bool] = {}
-    for a in atoms:
-        reads = [] if a.op in ("token", "detach") else a.reads
-        moves[a.out] = bool(set(a.parameters) & trainable) or any(moves.get(r, False) for r in reads)
-    return bool(atoms) and moves[atoms[-1].out]

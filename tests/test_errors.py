@@ -286,7 +286,9 @@ def test_a_model_that_returns_no_loss():
 def test_a_loss_that_is_not_a_scalar():
     net = compiled(loss=lambda o, y: F.cross_entropy(o, y, reduction="none"))
     opt = ddpn_fx.DDPNOpt(net)
-    with refused(net, CaptureError, r"the loss must return a scalar tensor, but returned \(6,\).*reduction='mean'", opt):
+    with refused(
+        net, CaptureError, r"the loss must return a scalar tensor, but returned \(6,\).*reduction='mean'", opt
+    ):
         opt.train_step(*batch())
 
 
@@ -338,7 +340,9 @@ def centred(o, y):
 
 @pytest.mark.parametrize("loss", [variance, contrastive, centred])
 @pytest.mark.parametrize(
-    "options", [{"curvature": 1.0}, {"curvature": 1.0, "rank": None}, {"terminal": "residual"}, {"terminal": "exact"}], ids=str
+    "options",
+    [{"curvature": 1.0}, {"curvature": 1.0, "rank": None}, {"terminal": "residual"}, {"terminal": "exact"}],
+    ids=str,
 )
 def test_a_loss_that_mixes_samples(loss, options, nets={}):  # noqa: B006
     net = nets.setdefault(loss, compiled(loss=loss))
@@ -358,7 +362,9 @@ def test_a_loss_below_its_floor():
     for _ in range(2):
         with unchanged(net):
             state = {k: v.clone() for s in opt.state.values() for k, v in s.items()}
-            with pytest.raises(LossError, match=r"below loss_floor=0.0 \(batch loss -3.*no weight was changed.*loss_floor="):
+            with pytest.raises(
+                LossError, match=r"below loss_floor=0.0 \(batch loss -3.*no weight was changed.*loss_floor="
+            ):
                 opt.train_step(x, y)
             assert all(not v.any() for v in state.values())
     opt = ddpn_fx.DDPNOpt(net, terminal="residual", loss_floor=-5.0)

@@ -516,9 +516,7 @@ def test_the_whole_net_is_saved_and_loaded(captured):
     loaded = torch.load(file, weights_only=False)
     assert not loaded.training
     assert torch.equal(loaded(x), net(x))
-    assert torch.equal(
-        ddpn_fx.DDPNOpt(loaded).train_step(x, y), ddpn_fx.DDPNOpt(copy.deepcopy(net)).train_step(x, y)
-    )
+    assert torch.equal(ddpn_fx.DDPNOpt(loaded).train_step(x, y), ddpn_fx.DDPNOpt(copy.deepcopy(net)).train_step(x, y))
 
 
 def test_the_state_dict_is_saved_and_loaded_with_weights_only():
@@ -618,7 +616,9 @@ def test_several_inputs_and_constants():
     want = F.cross_entropy(net(x, x), y)
     assert torch.allclose(opt.train_step((x, x), y), want)
     assert torch.allclose(opt.train_step({"a": x, "b": x}, y), want)
-    assert torch.allclose(opt.train_step({"a": x, "b": x, "double": True}, y), F.cross_entropy(net(x, x, double=True), y))
+    assert torch.allclose(
+        opt.train_step({"a": x, "b": x, "double": True}, y), F.cross_entropy(net(x, x, double=True), y)
+    )
     assert torch.allclose(opt.train_step({"a": x, "b": x, "double": False}, y), want)
 
 

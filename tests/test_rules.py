@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from ddpn_fx.passes import Chain, build_chain
 from ddpn_fx.passes.capture import placeholder_values
-from ddpn_fx.passes.ir import Kind
 from ddpn_fx.passes.linearize import Parameters, Tape, context, forward, pullback, rules
 from ddpn_fx.passes.rules import RULES, Blocks, Rule, rule_by_name
 from ddpn_fx.passes.rules import base as rules_base
@@ -541,3 +542,117 @@ def test_rules_equal_autograd(layer):
         assert set(dense) == set(chain.parameter_names) == set(by_name)
         for name, want in by_name.items():
             close(dense[name], want, f"Gamma of {name}")
+
+
+# --- cost models: both branches are reached, and are equal ----------------------------------------------------------
+
+COSTED = [layer for layer in (*LINEAR, *CONVOLUTION) if layer.name.startswith(("linear-", "conv")) and not layer.xfail]
+
+
+def decisions(monkeypatch) -> list[bool]:
+    """What `prefer_grams` decides from here on."""
+    found: list[bool] = []
+    original = rules_base.prefer_grams
+
+    def spy(*sizes: int) -> bool:
+        found.append(original(*sizes))
+        return found[-1]
+
+    monkeypatch.setattr(rules_base, "prefer_grams", spy)
+    monkeypatch.setattr(rules_convolution, "prefer_grams", spy)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_cost_model_of_positions_reaches_both_branches(kind, monkeypatch):
+    found = decisions(monkeypatch)
+    for layer in COSTED:
+        if layer.rules == (kind,):
+            for use, rule in linearize(layer, 4, 1).fresh():
+                rule.gram(use.arguments[0], Blocks(4, 1, 4))
+    assert set(found) == {True, False}
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_both_branches_of_the_cost_model_are_equal(columns, monkeypatch):
+    for layer in COSTED:
+        at = linearize(layer, 5, columns)
+        for group in (1, 3, 5):
+            grams = []
+            for answer in (True, False):
+                monkeypatch.setattr(rules_base, "prefer_grams", lambda *sizes, answer=answer: answer)
+                monkeypatch.setattr(rules_convolution, "prefer_grams", lambda *sizes, answer=answer: answer)
+                grams.append([r.gram(a, Blocks(5, columns, group)) for u, r in at.fresh() for a in u.arguments])
+            for fast, slow in zip(*grams, strict=True):
+                close(fast, slow, f"{layer.name} in {group}s")
+
+
+def test_cost_model_of_the_embedding_reaches_both_branches(monkeypatch):
+    dense: list[str] = []
+    original = Rule.gram
+
+    def spy(self, argument, blocks):
+        dense.append(layer.name)
+        return original(self, argument, blocks)
+
+    monkeypatch.setattr(Rule, "gram", spy)
+    layers = [layer for layer in EMBEDDING if layer.rules == ("embedding",)]
+    for layer in layers:
+        for use, rule in linearize(layer, 4, 1).fresh():
+            rule.gram(use.arguments[0], Blocks(4, 1, 4))
+    assert "embedding-repeated" in dense
+    assert "embedding-large-table" not in dense
+
+
+@given(st.data())
+def test_product_gram_is_the_gram_of_the_products(data):
+    B, R, P, I, O = (data.draw(st.integers(1, n), label=name) for name, n in zip("BRPIO", (5, 3, 4, 5, 5), strict=True))
+    group = data.draw(st.integers(1, B), label="group")
+    x, h = torch.randn(B, P, I, dtype=torch.float64), torch.randn(B, R, P, O, dtype=torch.float64)
+    products = torch.einsum("brpo,bpi->broi", h, x)
+    got = rules_base.product_gram(x, h, Blocks(B, R, group))
+    close(got, blocks_of(products, group), f"B={B}, R={R}, P={P}, I={I}, O={O}, {group}s")
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(1, 6))
+def test_blocks_hold_every_column_once(batch, columns, group):
+    blocks = Blocks(batch, columns, min(group, batch))
+    omega = torch.randn(batch, columns, dtype=torch.float64)
+    split = blocks.columns_of(omega)
+    assert split.shape == (blocks.count, blocks.size)
+    assert blocks.merge(split).equal(omega)
+    assert split.flatten()[batch * columns :].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["linear", "linear-few-positions", "linear-many-positions", "conv-few-positions",
+                                  "embedding-repeated", "embedding-large-table", "five-3", "layer-norm"])  # fmt: skip
+def test_grams_accumulate_in_float32_or_better(name, dtype):
+    """K of rounded inputs and cotangents has the error of float32, or of one product in the model's dtype."""
+    (layer,) = [layer for layer in LAYERS if layer.name == name]
+    at = linearize(layer, 4, 3)
+    low = {True: lambda t: t.to(dtype), False: lambda t: t}
+    for use, rule in at.found:
+        rounded = {n: low[torch.is_tensor(v) and v.is_floating_point()](v) for n, v in rule.values.items()}
+        made = [
+            type(rule)(rule.node, {n: (v.to(d) if torch.is_tensor(v) and v.is_floating_point() else v) for n, v in rounded.items()},
+                       rule.cotangent.to(dtype).to(d), rule.arguments, rule.layouts, rule.batch)
+            for d in (dtype, torch.float64)
+        ]  # fmt: skip
+        for argument in use.arguments:
+            have, want = (r.gram(argument, Blocks(4, 3, 4)) for r in made)
+            assert have.dtype == torch.float32
+            scale = float(want.abs().max())
+            tolerance = 1e-5 if dtype == torch.float32 or rule.name == "linear" else 2e-2
+            assert float((have.double() - want).abs().max()) <= tolerance * scale
+            omega = torch.randn(4, 3, dtype=torch.float32)
+            assert made[0].contract(argument, omega).dtype in (dtype, torch.float32)
+
+
+def test_rule_names_are_unique_and_known():
+    names = [rule.name for rule in RULES]
+    assert len(set(names)) == len(names)
+    assert [rule_by_name(n) for n in names] == list(RULES)
+    assert RULES[-1] is Rule  # the generic rule serves what no other does
+    with pytest.raises(KeyError, match="no rule named 'dense'; there are"):
+        rule_by_name("dense")
