@@ -27,7 +27,7 @@ from ddpn_fx.passes.pipeline import build_chain
 
 _PREFIXES = ("_orig_mod.", "module.")
 _OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile")
-_PLAIN = frozenset((bool, int, float, str, type(None)))
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def compile(
@@ -124,7 +124,8 @@ def _check_torch_options(backend: Any, mode: Any, compile_kwargs: Mapping[str, A
             torch.compile(_identity, backend=backend, mode=mode, options=compile_kwargs.get("options"))
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"ddpn_fx.compile: torch.compile refuses mode={mode!r}, options={compile_kwargs.get('options')!r}: {error}"
+                f"ddpn_fx.compile: torch.compile refuses mode={mode!r}, "
+                f"options={compile_kwargs.get('options')!r}: {error}"
             ) from None
 
 
@@ -134,6 +135,8 @@ def _identity(x: Any) -> Any:
 
 class CompiledModule(nn.Module):
     """What :func:`compile` returns; not made directly."""
+
+    _volatile: frozenset[tuple[int, str]]
 
     _forward: Callable[..., Any] | None
 
@@ -307,13 +310,13 @@ class CompiledModule(nn.Module):
         return self._original[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self._original[index] = value  # type: ignore[index]
+        self._original[index] = value
 
     def __delitem__(self, index: Any) -> None:
-        del self._original[index]  # type: ignore[attr-defined]
+        del self._original[index]
 
     def __contains__(self, item: Any) -> bool:
-        return item in self._original  # type: ignore[operator]
+        return item in self._original
 
     def __len__(self) -> int:
         return len(self._original)

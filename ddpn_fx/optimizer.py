@@ -301,11 +301,11 @@ class DDPNOpt(Optimizer):
             return self._programs[present]
         mode = self._mode(params)
         chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
-        key = (*key[:2], net._signature(), mode)
-        if key not in net._lowered:
+        shared = (*key[:2], net._signature(), mode)
+        if shared not in net._lowered:
             with _full_precision(params):
-                net._lowered[key] = self._lower(chain, mode, leaves, batch, params)
-        self._programs[present] = net._lowered[key]
+                net._lowered[shared] = self._lower(chain, mode, leaves, batch, params)
+        self._programs[present] = net._lowered[shared]
         return self._programs[present]
 
     def _lower(
@@ -345,9 +345,9 @@ class DDPNOpt(Optimizer):
 
     def _mode(self, params: Mapping[str, nn.Parameter]) -> Mode:
         folds, no_trust, _ = self._structure()
-        names = {id(p): n for n, p in reversed(params.items())}
-        for i, group in enumerate(self.param_groups):
-            for p in group["params"]:
+        names = {id(p): n for n, p in reversed(list(params.items()))}
+        for i, members in enumerate(g["params"] for g in self.param_groups):
+            for p in members:
                 if id(p) not in names:
                     raise ValueError(
                         f"DDPNOpt.train_step: a parameter of shape {tuple(p.shape)} in group {i} is no longer a "

@@ -10,7 +10,7 @@ batch norm makes invariant, and the open loop is the plain gradient (DESIGN 2.4)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,6 @@ from ddpn_fx.passes.linearize import pullback
 from ddpn_fx.passes.mode import Hyper, Mode
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
-from ddpn_fx.passes.rules.base import accumulate_dtype
 from ddpn_fx.passes.simulate import Trajectory
 
 
@@ -125,13 +124,15 @@ def _terminal(chain: Chain, mode: Mode, gammas: Gammas, batch: int, trajectory: 
     with origin({"role": "loss", "stage": len(chain.stages)}):
         if not mode.feedback:
             assert trajectory.seed is not None
-            one = trajectory.seed.new_ones(batch, 1, dtype=accumulate_dtype(trajectory.seed.dtype))
+            one = trajectory.seed.new_ones(batch, 1, dtype=gammas.dtype)
             terminal = bellman.Terminal(torch.zeros_like(one), torch.zeros_like(one), one)
             return Linearization(gammas, [], Blocks(batch, 1, 1), terminal, one, trajectory.seed[:, None])
         assert trajectory.phi is not None
         factors = mode.terminal.factors(trajectory.phi)
+        work = gammas.dtype
+        factors = replace(factors, **{k: getattr(factors, k).to(work) for k in ("S", "beta", "curved")})
         blocks = Blocks(batch, factors.S.shape[1], mode.group_size(batch))
-        weight = trajectory.phi.weight[:, None].expand_as(factors.beta)
+        weight = trajectory.phi.weight[:, None].to(work).expand_as(factors.beta)
         one = torch.ones_like(weight)
         inside, outside = (one, weight) if mode.coupling == "sample" else (weight, one)
         curved = inside * factors.curved
@@ -153,12 +154,12 @@ def _gram(
     for gamma in result.gammas.of(names):
         g = group[gamma.name]
         with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
-            term = hyper.lr[g] * gamma.gram(blocks)
+            term = hyper.lr[g] * gamma.gram(blocks).to(result.gammas.dtype)
             gram = term if gram is None else gram + term
             if mode.decay[g] and not mode.decoupled:
                 inner = gamma.inner(trajectory.parameters.params[gamma.name])
                 assert inner is not None
-                term = blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * inner)
+                term = blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * inner.to(result.gammas.dtype))
                 decay = term if decay is None else decay + term
     if gram is None:
         gram = result.weight.new_zeros(blocks.count, blocks.size, blocks.size)

@@ -27,6 +27,20 @@ from torch.export import Dim
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.provenance import is_library
 
+aten = torch.ops.aten
+
+# Recurrent layers and cells are unrolled to linear layers and gates.
+_RECURRENT = (
+    aten.lstm.input,
+    aten.gru.input,
+    aten.rnn_tanh.input,
+    aten.rnn_relu.input,
+    aten.lstm_cell.default,
+    aten.gru_cell.default,
+    aten.rnn_tanh_cell.default,
+    aten.rnn_relu_cell.default,
+)
+
 # Candidates for the traced batch size, the smallest that is no other dimension of the model wins.
 _TRACE_BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
 
@@ -186,7 +200,10 @@ def _export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> t
             warnings.simplefilter("ignore")
             program = torch.export.export(objective, batch, strict=False, dynamic_shapes=shapes)
             detach_no_grad(program.graph_module)
-            return program.run_decompositions({})
+            table = torch.export.default_decompositions()
+            program = program.run_decompositions({op: table[op] for op in _RECURRENT if op in table})
+            make_strides_free(program.graph_module)
+            return program
     except Exception as error:
         text = str(error)
         hint = ""
@@ -202,6 +219,24 @@ def _export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> t
             f"ddpn_fx.compile: torch.export could not capture {type(objective.model).__name__}.{hint}\n"
             f"{_user_frame(error)}{text}"
         ) from error
+
+
+def make_strides_free(module: fx.GraphModule) -> None:
+    """Operators that fix strides or have no derivative become ones that don't: ``view``, functional ``copy``."""
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        into, source = node.args[:2]
+        with graph.inserting_before(node):
+            if source.meta["val"].dtype != into.meta["val"].dtype:
+                source = graph.call_function(aten._to_copy.default, (source,), {"dtype": into.meta["val"].dtype})
+                source.meta = dict(node.args[1].meta, val=node.args[1].meta["val"].to(into.meta["val"].dtype))
+            new = graph.call_function(aten.expand_as.default, (source, into))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    module.recompile()
 
 
 def detach_no_grad(module: fx.GraphModule) -> None:

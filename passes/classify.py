@@ -183,13 +183,12 @@ def perturbed(leaves: list[Any], batched: list[bool]) -> list[Any]:
 
 def probe(
     captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tensor], kind: dict[fx.Node, Kind]
-) -> tuple[dict[fx.Node, Any], dict[fx.Node, Layout], fx.Node | None]:
+) -> tuple[dict[fx.Node, Any], dict[fx.Node, Layout], list[fx.Node]]:
     """Shapes at the traced batch size, layouts, and the first chain node that mixes samples.
 
     Returns:
-        ``(sizes, layouts, mixing)``: shape by node (tensor nodes), layout by node, and the first
-        node of the chain in which a sample's value depends on another sample (None if none does).
-        Nodes after it are not judged, since they inherit its mixing.
+        ``(sizes, layouts, mixing)``: shape by node (tensor nodes), layout by node, and the nodes of
+        the chain in which a sample's value depends on another sample, in graph order.
     """
     with torch.no_grad():
         base = evaluate(captured, placeholder_values(captured, params, buffers, captured.example))
@@ -199,23 +198,36 @@ def probe(
     sizes = {n: tuple(v.shape) for n, v in base.items() if isinstance(v, Tensor)}
     found = layouts(captured, sizes)
     outputs: Any = next(n for n in captured.module.graph.nodes if n.op == "output").args[0]
-    ends = (
-        [outputs[i] for i in captured.output_indices] if captured.loss_index is None else [outputs[captured.loss_index]]
-    )
+    indices = captured.output_indices if captured.loss_index is None else [captured.loss_index]
+    ends = [outputs[i] for i in indices]
     judged = set(ends).union(*(nx.ancestors(data_flow(captured.module.graph), n) for n in ends))
-    mixing = None
+    mixing: list[fx.Node] = []
     for node, before in base.items():
-        if (
-            node not in judged
-            or kind[node] is not Kind.CHAIN
-            or not isinstance(before, Tensor)
-            or node.op == "placeholder"
+        if not isinstance(before, Tensor) or (
+            node not in found and (node not in judged or kind[node] is not Kind.CHAIN)
         ):
             continue
-        if _leaks(before, moved[node], found.get(node), captured.batch):
-            mixing = node
-            break
+        layout = _fit(before, moved[node], found.get(node), captured.batch)
+        if layout is not None:
+            found[node] = layout
+        elif is_judged:
+            mixing.append(node)
     return sizes, found, mixing
+
+
+def _fit(before: Tensor, after: Tensor, layout: Layout | None, batch: int) -> Layout | None:
+    """The layout in which only the first sample's slice differs between the two runs, or None.
+
+    A dimension that the batch shares with others is batch-major (``outer == 1``) unless the runs say otherwise.
+    """
+    if layout is None:
+        return None
+    for outer in range(1, layout.inner + 1):
+        if layout.inner % outer == 0:
+            candidate = Layout(layout.dim, layout.inner // outer, outer)
+            if not _leaks(before, after, candidate, batch):
+                return candidate
+    return None
 
 
 def _check_rewrites(captured: Captured, values: dict[fx.Node, Any], kind: dict[fx.Node, Kind]) -> None:
@@ -234,7 +246,7 @@ def _check_rewrites(captured: Captured, values: dict[fx.Node, Any], kind: dict[f
             )
 
 
-def _leaks(before: Tensor, after: Tensor, layout: Layout | None, batch: int) -> bool:
+def _leaks(before: Tensor, after: Tensor, layout: Layout, batch: int) -> bool:
     """Whether samples other than the first differ between the two runs."""
     if layout is not None:
         before, after = (t.movedim(layout.dim, 0).unflatten(0, (batch, layout.inner))[1:] for t in (before, after))

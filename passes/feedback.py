@@ -124,7 +124,7 @@ class Rollout:
             total = total + torch.einsum("rbd,bd->br", z.to(dtype).reshape(columns, batch, -1), dx)
         for gamma in linear.gammas.of(self.changes):
             later = gamma.inner(self.changes[gamma.name], first_stage=stage.index)
-            total = total if later is None else total + later
+            total = total if later is None else total + later.to(dtype)
         return linear.blocks.columns_of(total)
 
     def _update(self, stage: Stage, omega: Tensor) -> None:

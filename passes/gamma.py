@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.ir import Chain, ParamUse, Stage
@@ -53,7 +54,7 @@ class Gamma:
         """Gamma^T Gamma in blocks: (G, n, n)."""
         if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
-        return gram_matrix(blocks.columns_of(self.columns()).flatten(2))
+        return gram_matrix(blocks.matrix(self.columns()))
 
     def columns(self) -> Tensor:
         """Gamma itself: (B, R, *M), summed over the uses."""
@@ -85,7 +86,7 @@ class Gamma:
             return entry.rule.inner(entry.argument, self.parameters.push(entry.argument, {self.name: direction}))
         columns = self._entry_columns(entry)
         dtype = accumulate_dtype(columns.dtype)
-        return columns.flatten(2).to(dtype) @ direction.flatten().to(dtype)
+        return columns.reshape(*columns.shape[:2], -1).to(dtype) @ direction.flatten().to(dtype)
 
 
 class Gammas:
@@ -94,6 +95,9 @@ class Gammas:
     def __init__(self, chain: Chain, parameters: Parameters, trained: Iterable[str], batch: int) -> None:
         self.chain, self.parameters, self.trained, self.batch = chain, parameters, set(trained), batch
         self._found: dict[str, Gamma] = {}
+        dtypes = {accumulate_dtype(parameters.params[n].dtype) for n in self.trained}
+        # b, C, K and y: float32, or float64 if a trained parameter is.
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
 
     def add(self, stage: Stage, taps: dict[fx.Node, Tensor], env: Env) -> None:
         """Take in the cotangents at the parametrised operators of one stage."""

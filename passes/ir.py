@@ -32,10 +32,11 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the batch lies in a node's value: dimension ``dim`` has size ``batch * inner``, batch-major."""
+    """Where the batch lies in a node's value: dimension ``dim`` runs over (outer, batch, inner), the last fastest."""
 
     dim: int
     inner: int = 1
+    outer: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ class Chain:
         dims = [str(d) for d in self.sizes.get(node, ())]
         layout = self.layouts.get(node)
         if layout is not None:
-            dims[layout.dim] = "B" if layout.inner == 1 else f"B*{layout.inner}"
+            factors = [str(layout.outer)] * (layout.outer > 1) + ["B"] + [str(layout.inner)] * (layout.inner > 1)
+            dims[layout.dim] = "*".join(factors)
         return "(" + ", ".join(dims) + ")"
 
     def __str__(self) -> str:

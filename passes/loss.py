@@ -81,7 +81,7 @@ def flatten_state(chain: Chain, env: Env, batch: int) -> Tensor:
     parts = []
     for node in chain.terminal:
         layout = chain.layouts.get(node)
-        if layout is None or layout.dim != 0:
+        if layout is None or layout.dim != 0 or layout.outer != 1:
             raise LossError(
                 f"ddpn_fx: the batch is not the first dimension of {describe(node)}, which the loss reads; "
                 "permute it first"

@@ -89,4 +89,7 @@ def new_buffers(chain: Chain, trajectory: Trajectory) -> dict[str, Tensor]:
             stack.extend(node.all_input_nodes)
     ordered = [n for n in chain.graph.nodes if n in missing]
     forward(chain, ordered, trajectory.env, trajectory.parameters, stage=None)
-    return {name: trajectory.env[node] for name, node in wanted.items()}
+    return {
+        name: trajectory.env[node] if node in trajectory.env else trajectory.parameters[node]
+        for name, node in wanted.items()
+    }

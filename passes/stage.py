@@ -77,6 +77,9 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     needed = ends.union(*(nx.ancestors(flow, n) for n in ends))
     order = [n for n in graph.nodes if n in needed and kind.get(n) in _WALKED]
     users = [n for n in order if any(kind[a] is Kind.PARAMETER for a in n.all_input_nodes)]
+    # What leads to no further parametrised operator comes last: a loss term inside the model belongs to phi.
+    leading = set(users).union(*(nx.ancestors(flow, n) for n in users))
+    order = [n for n in order if n in leading] + [n for n in order if n not in leading]
     if not users:
         raise StagingError(
             "ddpn_fx.compile: no operator of the model uses a trainable parameter; "
@@ -89,7 +92,7 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
             "ddpn_fx.compile: the loss itself uses trainable parameters, after the model's output: "
             f"{'; '.join(describe(n) for n in late)}; move them into the model"
         )
-    mixes = mixing if mixing is not None and mixing not in phi else None
+    mixes = next((n for n in mixing if n not in phi), None)
     sources = _parameter_sources(captured, kind, trainable)
     chain = Chain(
         captured,
@@ -171,7 +174,7 @@ def _terminal(
         source = cast(fx.Node, loss.args[0])
         layout = probed.layouts.get(source)
         others = [a for a in loss.all_input_nodes if kind[a] is not Kind.CONTEXT]
-        if others == [source] and layout is not None and layout.dim == 0:
+        if others == [source] and layout is not None and layout.dim == 0 and layout.outer == 1:
             return [loss], (source,), loss
     if marks:
         before = set(marks).union(*(nx.ancestors(flow, m) for m in marks)) | set(users)

@@ -6,6 +6,7 @@ the compiler (`tests/random_nets.py`), so that equality in a nonlinear rollout s
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import ddpn_fx
 from ddpn_fx.passes import verify
+from ddpn_fx.passes.ir import Kind
 from tests import harness, oracle
 from tests.models import CROSS_ENTROPY, Case
 from tests.oracle import Settings, Stage
@@ -66,7 +68,7 @@ def run(net: Net, data: st.DataObject, ways: dict, steps: int) -> None:
     try:
         for number in range(3):
             _, mode = data.draw(modes(net.loss, ways), label=f"mode {number}")
-            if not net.trainable & {p for c in stage_atoms(net).controls for p in c} <= reached(net.atoms):
+            if not {p for c in stage_atoms(net).controls for p in c} <= reached(net.atoms):
                 # A parameter without a gradient (behind a detach): torch's optimisers leave it alone, and so does the
                 # program, but the oracle's weight decay moves it.
                 mode = replace(mode, weight_decay=0.0)
@@ -95,3 +97,243 @@ def test_random_nets_in_nonlinear_rollouts_equal_oracle(net, data):
 @settings(max_examples=max(2, settings.default.max_examples // 2))
 def test_deeper_nets_equal_oracle(net, data):
     run(net, data, {k: v for k, v in WAYS.items() if k not in NONLINEAR}, steps=1)
+
+
+# --- what the random nets do not have -------------------------------------------------------------------------------
+
+
+def linear(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+
+def step_of(model: nn.Module, inputs, target: Tensor, mode: Settings, loss=F.cross_entropy):
+    """(net, opt) after one untraced step of the program, with the mode's options that are not defaults."""
+    net = ddpn_fx.compile(model, loss=loss, disable=True)
+    names = ("lr", "terminal", "rank", "curvature", "coupling", "quu", "rollout", "feedback", "weight_decay")
+    opt = ddpn_fx.DDPNOpt(net, **{n: getattr(mode, n) for n in names})
+    opt.train_step(inputs) if target is None else opt.train_step(inputs, target)
+    return net, opt
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def same_change(model: nn.Module, before: dict[str, Tensor], want: dict[str, Tensor], tolerance=1e-9) -> None:
+    after = weights(model)
+    for name, value in want.items():
+        harness.close_to_scale(after[name], value, value - before[name], tolerance, name)
+
+
+class Dropped(nn.Module):
+    """Two dropouts, the second on what the first stage's change moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.first, self.second = nn.Dropout(0.5), nn.Dropout(0.25)
+
+    def forward(self, x):
+        x = self.first(torch.tanh(self.a(x)))
+        return self.c(self.second(torch.tanh(self.b(x))))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rollout": "nonlinear"},
+        {"rollout": "nonlinear", "coupling": "sample", "quu": "preconditioner", "lr": 0.1},
+        {"feedback": False, "lr": 0.1},
+    ],
+    ids=str,
+)
+def test_the_masks_of_dropout_are_drawn_once_and_replayed(options):
+    mode, model = Settings(**options), Dropped().double()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(3, (4,))
+    torch.manual_seed(3)
+    masks = [(torch.rand(4, 4, dtype=torch.float64) >= p).double() / (1 - p) for p in (0.5, 0.25)]
+    stages = [
+        Stage(("a.weight", "a.bias"), lambda p, s: (torch.tanh(linear(p, "a", s[0])) * masks[0],)),
+        Stage(("b.weight", "b.bias"), lambda p, s: (torch.tanh(linear(p, "b", s[0])) * masks[1],)),
+        Stage(("c.weight", "c.bias"), lambda p, s: (linear(p, "c", s[0]),)),
+    ]
+    before = weights(model)
+    want = oracle.step(stages, before, (x,), y, CROSS_ENTROPY, mode)
+    torch.manual_seed(3)
+    net, opt = step_of(model, x, y, mode)
+    assert sum(k is Kind.NOISE for k in net.chain.kinds.values()) >= 2
+    harness.close(opt.stats["loss"], want.loss, 1e-9, "loss")
+    same_change(model, before, want.params)
+
+
+class Normed(nn.Module):
+    """A batch norm in training mode between two layers."""
+
+    def __init__(self, spatial: bool):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 2) if spatial else nn.Linear(3, 4)
+        self.norm = nn.BatchNorm2d(2) if spatial else nn.BatchNorm1d(4)
+        self.head = nn.Linear(8 if spatial else 4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.stem(x))).flatten(1))
+
+
+class Held(nn.Module):
+    """A batch norm whose statistics are constants of the batch."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        dims = [0, *range(2, x.dim())]
+        mean, var = x.mean(dims).detach(), x.var(dims, unbiased=False).detach()
+        return F.batch_norm(x, mean, var, self.norm.weight, self.norm.bias, False, 0.0, self.norm.eps)
+
+
+@pytest.mark.parametrize("spatial", [False, True], ids=["features", "channels"])
+@pytest.mark.parametrize("terminal", [{}, {"terminal": "residual"}, {"rank": None}], ids=str)
+def test_batch_norm_holds_its_statistics_for_K_and_not_for_the_contraction(spatial, terminal):
+    mode = Settings(lr=0.7, **terminal)
+    model = Normed(spatial).double()
+    with torch.no_grad():
+        model.norm.weight.add_(0.3 * torch.randn_like(model.norm.weight))
+    shape = (5, 1, 3, 3) if spatial else (5, 3)
+    x, y = torch.randn(shape, dtype=torch.float64), torch.randint(3, (5,))
+    before, eager = weights(model), copy.deepcopy(model)
+    leaves = list(eager.parameters())
+    x_T = eager(x)
+    running = eager.norm.running_mean.clone()
+    eager.norm = Held(eager.norm)
+    held = eager(x)
+    terminal_model = oracle.terminal_model(x_T.detach(), y, CROSS_ENTROPY, mode, None)
+    S, r = terminal_model.S, terminal_model.S.shape[2]
+
+    def columns(output: Tensor) -> list[Tensor]:
+        return [(S[i, :, c] * output[i]).sum() for i in range(5) for c in range(r)]
+
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(s, leaves, retain_graph=True)]) for s in columns(held)]
+    Gamma = torch.stack(rows)
+    w = terminal_model.w.repeat_interleave(r)
+    system = torch.eye(len(w), dtype=torch.float64) + w[:, None] * (mode.lr * Gamma @ Gamma.T)
+    omega = torch.linalg.solve(system, w * terminal_model.beta.flatten())
+    exact = torch.autograd.grad((torch.stack(columns(x_T)) * omega).sum(), leaves)
+    want = {n: before[n] - mode.lr * g for (n, _), g in zip(model.named_parameters(), exact, strict=True)}
+    net, _ = step_of(model, x, y, mode)
+    assert net.chain.has_statistics
+    same_change(model, before, want)
+    harness.close(model.norm.running_mean, running, 1e-12, "the running mean, updated once")
+    assert int(model.norm.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("spatial", [False, True], ids=["features", "channels"])
+def test_batch_norm_without_feedback_is_sgd(spatial):
+    model = Normed(spatial).double()
+    x = torch.randn((5, 1, 3, 3) if spatial else (5, 3), dtype=torch.float64)
+    y = torch.randint(3, (5,))
+    before = weights(model)
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    want = {n: before[n] - 0.1 * g for n, g in zip(before, gradients, strict=True)}
+    step_of(model, x, y, Settings(feedback=False, lr=0.1))
+    same_change(model, before, want)
+
+
+class Positional(nn.Module):
+    """A positional embedding whose indices are an input without a batch dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.pos, self.head = nn.Linear(3, 4), nn.Embedding(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x, ids):
+        return self.head(torch.tanh(self.fc(x) + self.pos(ids)).mean(1))
+
+
+def _draw_positional(g: torch.Generator, batch: int, dtype: torch.dtype):
+    x = torch.randn((batch, 2, 3), generator=g, dtype=torch.float64).to(dtype)
+    return (x, torch.tensor([4, 1])), torch.randint(3, (batch,), generator=g)
+
+
+def _positional_stages() -> list[Stage]:
+    return [
+        Stage(
+            ("fc.weight", "fc.bias", "pos.weight"),
+            lambda p, s: (torch.tanh(linear(p, "fc", s[0]) + F.embedding(s[1], p["pos.weight"])).mean(1),),
+        ),
+        Stage(("head.weight", "head.bias"), lambda p, s: (linear(p, "head", s[0]),)),
+    ]
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a table looked up by an input without batch dimension counts as a batch statistic: K leaves it out",
+)
+def test_inputs_without_a_batch_dimension_do_not_make_statistics():
+    case = Case("positional", Positional, _positional_stages, CROSS_ENTROPY, _draw_positional)
+    net = ddpn_fx.compile(case.model(), loss=F.cross_entropy, disable=True)
+    inputs, target = case.sample(4)
+    before = weights(net)
+    want = oracle.step(_positional_stages(), before, inputs, target, CROSS_ENTROPY, Settings())
+    ddpn_fx.DDPNOpt(net).train_step(inputs, target)
+    same_change(net, before, want.params)
+    assert not net.chain.has_statistics
+
+
+class Masked(nn.Module):
+    """A weight whose small entries are masked, by a comparison that depends on the weight alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(4, 3)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(F.linear(x, self.weight * (self.weight.abs() > 0.5))))
+
+
+def _masked_stages() -> list[Stage]:
+    def first(p, s):
+        return (torch.tanh(F.linear(s[0], p["weight"] * (p["weight"].abs() > 0.5))),)
+
+    return [Stage(("weight",), first), Stage(("head.weight", "head.bias"), lambda p, s: (linear(p, "head", s[0]),))]
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=ddpn_fx.passes.errors.StagingError,
+    reason="a comparison of parameters is no parameter-only node, so the masked weight is a chain node without a batch",
+)
+def test_a_mask_made_from_a_parameter_is_part_of_the_parameter_expression():
+    model = Masked().double()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(3, (4,))
+    before = weights(model)
+    want = oracle.step(_masked_stages(), before, (x,), y, CROSS_ENTROPY, Settings())
+    step_of(model, x, y, Settings())
+    same_change(model, before, want.params)
+
+
+class OwnLoss(nn.Module):
+    """A model that returns its own loss, and what is left of it without."""
+
+    def __init__(self, loss: bool):
+        super().__init__()
+        self.a, self.b, self.loss = nn.Linear(3, 4), nn.Linear(4, 3), loss
+
+    def forward(self, x, y=None):
+        out = self.b(torch.tanh(self.a(x)))
+        return F.cross_entropy(out, y) if self.loss else out
+
+
+@pytest.mark.parametrize("options", [{}, {"rollout": "nonlinear", "rank": None}], ids=str)
+def test_a_module_with_its_own_loss_steps_as_one_whose_loss_is_given(options):
+    mode = Settings(**options)
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(3, (4,))
+    models = [OwnLoss(True).double(), OwnLoss(False).double()]
+    models[1].load_state_dict(models[0].state_dict())
+    before = weights(models[0])
+    first, _ = step_of(models[0], (x, y), None, mode, loss=None)
+    second, _ = step_of(models[1], x, y, mode)
+    assert [s.controls for s in first.chain.stages] == [s.controls for s in second.chain.stages]
+    assert first.chain.loss_node is not None
+    same_change(models[0], before, weights(models[1]), 1e-12)

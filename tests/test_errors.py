@@ -331,11 +331,14 @@ def variance(o, y):
 
 
 def contrastive(o, y):
-    return F.cross_entropy(o @ o.mT, torch.arange(len(o)))
+    return F.cross_entropy(o @ o.mT, torch.arange(o.shape[0]))
 
 
 def centred(o, y):
     return F.cross_entropy(o - o.mean(0), y)
+
+
+MIXING = {}
 
 
 @pytest.mark.parametrize("loss", [variance, contrastive, centred])
@@ -344,8 +347,8 @@ def centred(o, y):
     [{"curvature": 1.0}, {"curvature": 1.0, "rank": None}, {"terminal": "residual"}, {"terminal": "exact"}],
     ids=str,
 )
-def test_a_loss_that_mixes_samples(loss, options, nets={}):  # noqa: B006
-    net = nets.setdefault(loss, compiled(loss=loss))
+def test_a_loss_that_mixes_samples(loss, options):
+    net = MIXING.setdefault(loss, compiled(loss=loss))
     opt = ddpn_fx.DDPNOpt(net, momentum=0.9, **options)
     with unchanged(net, opt), pytest.raises(LossError, match=r"the loss mixes the samples.*terminal='gradient'"):
         opt.train_step(*batch())

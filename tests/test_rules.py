@@ -269,7 +269,9 @@ AFFINE = [
         "mul-merged-scalar",
         affine(torch.mul, (), lambda x: x.flatten(0, 1), lambda h, x: h.unflatten(0, x.shape[:2])),
         ((2, 3),),
-        ("affine",), xfail=SCALAR),
+        ("affine",),
+        xfail=SCALAR,
+    ),
     Layer(
         "add-merged-second",
         affine(

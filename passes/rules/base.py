@@ -51,6 +51,11 @@ class Blocks:
         """(B, R, ...) -> (G, n, ...)."""
         return self.split(t).flatten(1, 2)
 
+    def matrix(self, t: Tensor) -> Tensor:
+        """(B, R, *M) -> (G, n, M flattened); M may be a scalar's."""
+        columns = self.columns_of(t)
+        return columns.reshape(*columns.shape[:2], -1)
+
     def merge(self, t: Tensor) -> Tensor:
         """(G, n) -> (B, R)."""
         return t.reshape(-1, self.columns)[: self.batch]
@@ -67,8 +72,18 @@ def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[.
 
 
 def batch_first(t: Tensor, layout: Layout, batch: int, at: int = 0) -> Tensor:
-    """Bring a value with ``at`` leading dimensions to (*leading, B, inner, ...)."""
-    return t.movedim(layout.dim + at, at).unflatten(at, (batch, layout.inner))
+    """Bring a value with ``at`` leading dimensions to (*leading, B, outer * inner, ...)."""
+    t = t.movedim(layout.dim + at, at)
+    if layout.outer == 1:
+        return t.unflatten(at, (batch, layout.inner))
+    return t.unflatten(at, (layout.outer, batch, layout.inner)).transpose(at, at + 1).flatten(at + 1, at + 2)
+
+
+def batch_last(t: Tensor, layout: Layout) -> Tensor:
+    """The inverse of :func:`batch_first`, without leading dimensions."""
+    if layout.outer == 1:
+        return t.flatten(0, 1).movedim(0, layout.dim)
+    return t.unflatten(1, (layout.outer, layout.inner)).transpose(0, 1).flatten(0, 2).movedim(0, layout.dim)
 
 
 class Rule:
@@ -106,7 +121,7 @@ class Rule:
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """K = Gamma^T Gamma in blocks: (G, n, n)."""
-        return gram_matrix(blocks.columns_of(self.dense(argument)).flatten(2))
+        return gram_matrix(blocks.matrix(self.dense(argument)))
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Gamma omega, of the argument's shape; omega: (B, R). One VJP of the whole batch."""
@@ -118,7 +133,7 @@ class Rule:
         """Gamma^T D: (B, R) for a direction D of the argument's shape."""
         columns = self.dense(argument)
         dtype = accumulate_dtype(columns.dtype)
-        return columns.flatten(2).to(dtype) @ direction.flatten().to(dtype)
+        return columns.reshape(*columns.shape[:2], -1).to(dtype) @ direction.flatten().to(dtype)
 
     def dense(self, argument: fx.Node) -> Tensor:
         """Gamma's columns: (B, R, *M)."""
@@ -132,7 +147,7 @@ class Rule:
         h = batch_first(self.cotangent, layout, self.batch, at=1)
         scale = omega.to(h.dtype).mT.reshape(self.columns, self.batch, *([1] * (h.dim() - 2)))
         weighted = (h * scale).sum(0) if self.columns > 1 else (h * scale)[0]
-        return weighted.flatten(0, 1).movedim(0, layout.dim)
+        return batch_last(weighted, layout)
 
     def _columns(self, argument: fx.Node) -> Tensor:
         """Per-sample VJP: vmap over samples and columns of the operator on a batch of one."""
@@ -214,7 +229,7 @@ def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks) -> Tensor:
         gram_x = gram_matrix(flat_x).view(count, g, 1, p, g, 1, p)
         gram_h = gram_matrix(flat_h).view(count, g, r, p, g, r, p)
         return (gram_x * gram_h).sum((3, 6)).reshape(count, g * r, g * r)
-    return gram_matrix(blocks.columns_of(torch.einsum("brpo,bpi->broi", h, x)).flatten(2))
+    return gram_matrix(blocks.matrix(torch.einsum("brpo,bpi->broi", h, x)))
 
 
 def prefer_grams(p: int, i: int, o: int, g: int, r: int) -> bool:

@@ -74,7 +74,7 @@ class Convolution(Rule):
             (_, _, i, length), o = self.patches.shape, self.h.shape[3]
             if prefer_grams(length, i, o, blocks.group, self.columns):
                 return product_gram(self.patches[:, 0].mT, self.h[:, :, 0].mT, blocks)
-        return gram_matrix(blocks.columns_of(self.dense(argument)).flatten(2))
+        return gram_matrix(blocks.matrix(self.dense(argument)))
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """With the per-sample gradients at hand one product with them, else one VJP of the batch."""

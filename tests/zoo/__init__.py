@@ -11,5 +11,7 @@ from tests.zoo.family import FAMILIES, REFUSALS, Family, Refusal
 
 if importlib.util.find_spec("transformers"):
     importlib.import_module("tests.zoo.hf")
+if importlib.util.find_spec("timm"):
+    importlib.import_module("tests.zoo.timm_models")
 
 __all__ = ["FAMILIES", "REFUSALS", "Family", "Refusal"]

@@ -115,13 +115,14 @@ def _sgd_step(b: Bench, model: nn.Module, opt: Any, reference: Any, batch: int, 
     loss = b.family.objective(model, inputs, target)
     loss.backward()
     reference.step()
-    close(b.step(opt, batch, seed), loss, 1e-9, "loss")
+    tolerance = b.family.tolerance or 1e-9
+    close(b.step(opt, batch, seed), loss, tolerance, "loss")
     net = dict(b.net.named_parameters())
     for name, want in model.named_parameters():
-        close_change(net[name], want, before[name], 1e-9, f"batch of {batch}, {name}")
+        close_change(net[name], want, before[name], tolerance, f"batch of {batch}, {name}")
     buffers = dict(b.net.named_buffers())
     for name, want in model.named_buffers():
-        close(buffers[name], want, 1e-9, f"batch of {batch}, buffer {name}")
+        close(buffers[name], want, tolerance, f"batch of {batch}, buffer {name}")
 
 
 def gauss_newton(b: Bench) -> None:
@@ -132,7 +133,8 @@ def gauss_newton(b: Bench) -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     Gamma, w, beta, gradient = sample_gradients(family, model, inputs, target, list(trainable.values()))
     weighted = w[:, None] * Gamma
-    assert (beta @ weighted - gradient).abs().max() <= 1e-9 * gradient.abs().max(), "the check's own gradient"
+    tolerance = family.tolerance or 1e-8
+    assert (beta @ weighted - gradient).abs().max() <= tolerance * gradient.abs().max(), "the check's own gradient"
     M = Gamma.shape[1]
     if M <= DENSE:  # -(1 + sum_i w_i J_i^T S_i S_i^T J_i)^{-1} grad J, step size 1
         du = -torch.linalg.solve(torch.eye(M).double() + Gamma.T @ weighted, gradient)
@@ -148,7 +150,7 @@ def gauss_newton(b: Bench) -> None:
         want = before[name] + du[start : start + p.numel()].reshape(p.shape)
         start += p.numel()
         gap = float((net[name] - want).detach().abs().max())
-        assert gap <= 1e-8 * max(scale, 1e-6), f"{name}: off by {gap:.3g}, the largest change is {scale:.3g}"
+        assert gap <= tolerance * max(scale, 1e-6), f"{name}: off by {gap:.3g}, the largest change is {scale:.3g}"
 
 
 def sample_gradients(
@@ -217,9 +219,10 @@ def traced(b: Bench) -> None:
         loss = b.step(opt)
         after.append((loss, {n: p.detach().clone() for n, p in [*net.named_parameters(), *net.named_buffers()]}))
     (loss, plain), (traced_loss, graph) = after
-    close(traced_loss, loss, 1e-10, "loss")
+    tolerance = b.family.tolerance or 1e-10
+    close(traced_loss, loss, tolerance, "loss")
     for name, want in plain.items():
-        close(graph[name], want, 1e-10, name)
+        close(graph[name], want, tolerance, name)
 
 
 def coverage(b: Bench) -> None:

@@ -28,6 +28,7 @@ class Family:
     mixes: samples mix, through batch statistics ("statistics") or otherwise ("other"): no dense check.
     logits: for loss=None, (model, inputs) -> (x_T, target, oracle.Loss) where the loss is a known one.
     noisy: draws random numbers; the checks that need equal streams run with them off (`quiet`).
+    tolerance: None for float64's, else of a model that leaves float64 somewhere.
     without: check -> why it does not apply.
     """
 
@@ -43,6 +44,7 @@ class Family:
     noisy: bool = False
     slow: bool = False
     train: bool = True
+    tolerance: float | None = None
     without: Mapping[str, str] = field(default_factory=dict)
 
     def model(self, seed: int = 0) -> nn.Module:

@@ -48,6 +48,17 @@ def next_token_logits(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor, L
     return logits, nn.functional.pad(labels, (0, 1), value=-100)[:, 1:], loss
 
 
+def shifted(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+    """`ForCausalLMLoss` without its cast to float32, which would hide everything below 1e-7."""
+    labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+    return nn.functional.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+
+
+def double_loss(model: nn.Module) -> nn.Module:
+    model.loss_function = shifted
+    return model
+
+
 @family("transformers: BERT classifier", classified(), None, logits=class_logits)
 def bert() -> nn.Module:
     return hf.BertForSequenceClassification(hf.BertConfig(**SMALL))
@@ -83,7 +94,7 @@ def albert() -> nn.Module:
     return hf.AlbertForSequenceClassification(hf.AlbertConfig(embedding_size=6, classifier_dropout_prob=0.0, **small))
 
 
-@family("transformers: DeBERTa-v2", classified(), None, logits=class_logits, slow=True)
+@family("transformers: DeBERTa-v2", classified(), None, logits=class_logits)
 def deberta() -> nn.Module:
     config = hf.DebertaV2Config(relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=8, **SMALL)
     return hf.DebertaV2ForSequenceClassification(config)
@@ -95,26 +106,35 @@ def gpt2() -> nn.Module:
         vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return hf.GPT2LMHeadModel(config)
+    return double_loss(hf.GPT2LMHeadModel(config))
 
 
 @family("transformers: Llama", causal, None, logits=next_token_logits)
 def llama() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    return hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys}))
+    return double_loss(hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys})))
+
+
+@family("transformers: Llama, its loss in float32", causal, None, logits=next_token_logits, tolerance=1e-5)
+def llama_float() -> nn.Module:
+    model = llama()
+    del model.loss_function
+    return model
 
 
 @family("transformers: Qwen2", causal, None, logits=next_token_logits)
 def qwen() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys}))
+    return double_loss(hf.Qwen2ForCausalLM(hf.Qwen2Config(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys})))
 
 
 @family("transformers: Mixtral (mixture of experts)", causal, None, logits=next_token_logits)
 def mixtral() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     small = {k: SMALL[k] for k in keys}
-    return hf.MixtralForCausalLM(hf.MixtralConfig(num_key_value_heads=1, num_local_experts=2, use_cache=False, **small))
+    config = hf.MixtralConfig(num_key_value_heads=1, num_local_experts=2, use_cache=False, **small)
+    config._experts_implementation = "batched_mm"
+    return double_loss(hf.MixtralForCausalLM(config))
 
 
 @family("transformers: OPT", causal, None, logits=next_token_logits)
@@ -123,7 +143,7 @@ def opt() -> nn.Module:
         vocab_size=11, hidden_size=8, num_hidden_layers=1, ffn_dim=12, num_attention_heads=2, dropout=0.0,
         max_position_embeddings=12, word_embed_proj_dim=8, use_cache=False, layerdrop=0.0,
     )  # fmt: skip
-    return hf.OPTForCausalLM(config)
+    return double_loss(hf.OPTForCausalLM(config))
 
 
 @family("transformers: T5", causal, None, logits=token_logits)
