@@ -19,6 +19,7 @@ from ddpn_fx.passes.capture import Captured, close, placeholder_values
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.ir import Kind, Layout
 from ddpn_fx.passes.provenance import describe
+from ddpn_fx.passes.rules.base import batch_first
 
 aten = torch.ops.aten
 
@@ -203,9 +204,8 @@ def probe(
     judged = set(ends).union(*(nx.ancestors(data_flow(captured.module.graph), n) for n in ends))
     mixing: list[fx.Node] = []
     for node, before in base.items():
-        if not isinstance(before, Tensor) or (
-            node not in found and (node not in judged or kind[node] is not Kind.CHAIN)
-        ):
+        is_judged = node in judged and kind[node] is Kind.CHAIN
+        if not isinstance(before, Tensor) or not (is_judged or node in found):
             continue
         layout = _fit(before, moved[node], found.get(node), captured.batch)
         if layout is not None:
@@ -248,12 +248,11 @@ def _check_rewrites(captured: Captured, values: dict[fx.Node, Any], kind: dict[f
 
 def _leaks(before: Tensor, after: Tensor, layout: Layout, batch: int) -> bool:
     """Whether samples other than the first differ between the two runs."""
-    if layout is not None:
-        before, after = (t.movedim(layout.dim, 0).unflatten(0, (batch, layout.inner))[1:] for t in (before, after))
+    before, after = (batch_first(t, layout, batch)[1:] for t in (before, after))
     if before.dtype in (torch.bool,) or not before.is_floating_point():
         return not torch.equal(before, after)
     eps = torch.finfo(before.dtype).eps
-    finite = before.abs()[before.isfinite()]
+    finite = before.detach().abs()[before.isfinite()]
     scale = float(finite.max()) if finite.numel() else 0.0
     return not torch.allclose(before, after, rtol=1e3 * eps, atol=1e3 * eps * scale, equal_nan=True)
 

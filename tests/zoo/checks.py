@@ -169,7 +169,8 @@ def sample_gradients(
         value = family.objective(model, batch, target)
         with torch.no_grad():
             for buffer, old in kept:
-                buffer.copy_(old)
+                if not torch.equal(buffer, old):  # the others may be saved for the backward pass
+                    buffer.copy_(old)
         return value
 
     gradient = grad(objective(inputs, target))

@@ -97,6 +97,7 @@ def albert() -> nn.Module:
 @family("transformers: DeBERTa-v2", classified(), None, logits=class_logits)
 def deberta() -> nn.Module:
     config = hf.DebertaV2Config(relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=8, **SMALL)
+    config.problem_type = "single_label_classification"  # otherwise it branches on the labels
     return hf.DebertaV2ForSequenceClassification(config)
 
 
@@ -109,7 +110,7 @@ def gpt2() -> nn.Module:
     return double_loss(hf.GPT2LMHeadModel(config))
 
 
-@family("transformers: Llama", causal, None, logits=next_token_logits)
+@family("transformers: Llama", causal, None, logits=next_token_logits, tolerance=1e-5)  # its norms are in float32
 def llama() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return double_loss(hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys})))
@@ -117,18 +118,17 @@ def llama() -> nn.Module:
 
 @family("transformers: Llama, its loss in float32", causal, None, logits=next_token_logits, tolerance=1e-5)
 def llama_float() -> nn.Module:
-    model = llama()
-    del model.loss_function
-    return model
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys}))
 
 
-@family("transformers: Qwen2", causal, None, logits=next_token_logits)
+@family("transformers: Qwen2", causal, None, logits=next_token_logits, tolerance=1e-5)  # its norms are in float32
 def qwen() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return double_loss(hf.Qwen2ForCausalLM(hf.Qwen2Config(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys})))
 
 
-@family("transformers: Mixtral (mixture of experts)", causal, None, logits=next_token_logits)
+@family("transformers: Mixtral (mixture of experts)", causal, None, logits=next_token_logits, tolerance=1e-5)  # its norms are in float32
 def mixtral() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     small = {k: SMALL[k] for k in keys}
@@ -146,7 +146,7 @@ def opt() -> nn.Module:
     return double_loss(hf.OPTForCausalLM(config))
 
 
-@family("transformers: T5", causal, None, logits=token_logits)
+@family("transformers: T5", causal, None, logits=token_logits, tolerance=1e-5)  # its norms are in float32
 def t5() -> nn.Module:
     config = hf.T5Config(
         vocab_size=11, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, dropout_rate=0.0, use_cache=False,

@@ -341,7 +341,7 @@ class AcrossBatch(nn.Module):
 
 def in_batch_contrast(output: Tensor, target: Tensor) -> Tensor:
     z = F.normalize(output)
-    return F.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)).roll(1))
+    return F.cross_entropy(z @ z.T / 0.5, torch.arange(z.shape[0]).roll(1))
 
 
 @refusal("in-batch contrastive loss", vectors(5), in_batch_contrast, Exception, "mixes the samples", terminal="residual")

@@ -58,10 +58,10 @@ def timm_resnet() -> nn.Module:
     return resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), num_classes=3, channels=(4, 4, 6, 6), stem_width=4)
 
 
-@family("timm: ResNet-D, squeeze-excite, anti-aliasing off", images(16), CE, mixes="statistics", slow=True)
+@family("timm: ResNet-D, squeeze-excite", images(16), CE, mixes="statistics", slow=True)
 def timm_resnetd() -> nn.Module:
     return resnet.ResNet(
-        resnet.Bottleneck, (1, 1), num_classes=3, channels=(4, 6), stem_width=4, stem_type="deep", avg_down=True,
+        resnet.Bottleneck, (1, 1, 1, 1), num_classes=3, channels=(2, 2, 2, 2), stem_width=4, stem_type="deep", avg_down=True,
         block_args={"attn_layer": "se"},
     )  # fmt: skip
 
@@ -86,9 +86,9 @@ def timm_swin() -> nn.Module:
     )
 
 
-@family("timm: ConvNeXt", images(16), CE, slow=True)
+@family("timm: ConvNeXt", images(32), CE, slow=True)
 def timm_convnext() -> nn.Module:
-    return convnext.ConvNeXt(num_classes=3, depths=(1, 1, 1), dims=(4, 4, 6), patch_size=2)
+    return convnext.ConvNeXt(num_classes=3, depths=(1, 1, 1, 1), dims=(4, 4, 6, 6), patch_size=2)
 
 
 @family("timm: MLP-Mixer", images(8), CE, slow=True)
@@ -99,8 +99,9 @@ def timm_mixer() -> nn.Module:
 @family("timm: ResMLP", images(8), CE, slow=True)
 def timm_resmlp() -> nn.Module:
     return mlp_mixer.MlpMixer(
-        3, img_size=8, patch_size=4, num_blocks=1, embed_dim=8, block_layer=mlp_mixer.ResBlock, norm_layer=mlp_mixer.Affine
-    )
+        3, img_size=8, patch_size=4, num_blocks=1, embed_dim=8, mlp_ratio=2.0, block_layer=mlp_mixer.ResBlock,
+        norm_layer=mlp_mixer.Affine,
+    )  # fmt: skip
 
 
 @family("timm: EfficientNet (three stages)", images(16), CE, mixes="statistics", slow=True)
