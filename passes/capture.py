@@ -250,7 +250,9 @@ def detach_no_grad(module: fx.GraphModule) -> None:
             continue
         for out in list(region.users):
             value = out.meta.get("val")
-            if out.target is not operator.getitem or not isinstance(value, Tensor) or not value.is_floating_point():
+            if out.target is not operator.getitem or not isinstance(value, Tensor):
+                continue
+            if not (value.is_floating_point() or value.is_complex()):
                 continue
             with graph.inserting_after(out):
                 detached = graph.call_function(torch.ops.aten.detach.default, (out,))
@@ -404,7 +406,7 @@ def close(a: Tensor | None, b: Tensor | None) -> bool:
         return other is None or not bool(other.detach().any())
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+    eps = torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0.0
     scale = float(a.detach().abs().max()) if a.numel() else 0.0
     return bool(
         torch.allclose(a.detach(), b.detach(), rtol=1e3 * eps, atol=1e3 * eps * max(scale, 1.0) + 1e-12, equal_nan=True)

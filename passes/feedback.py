@@ -120,8 +120,8 @@ class Rollout:
         dtype = linear.terminal.beta.dtype
         total = torch.zeros(batch, columns, dtype=dtype, device=linear.weight.device)
         for node, z in linear.states[stage.index].items():
-            dx = (env[node] - self.trajectory.env[node]).to(dtype).reshape(batch, -1)
-            total = total + torch.einsum("rbd,bd->br", z.to(dtype).reshape(columns, batch, -1), dx)
+            dx = _real(env[node] - self.trajectory.env[node]).to(dtype).reshape(batch, -1)
+            total = total + torch.einsum("rbd,bd->br", _real(z).to(dtype).reshape(columns, batch, -1), dx)
         for gamma in linear.gammas.of(self.changes):
             later = gamma.inner(self.changes[gamma.name], first_stage=stage.index)
             total = total if later is None else total + later.to(dtype)
@@ -176,3 +176,8 @@ class Rollout:
         clamps = zero if self.linear.clamps is None else self.linear.clamps.to(zero.dtype)
         skipped = (~(finite & loss.isfinite()) | (fault > 0)).to(zero.dtype)
         return dict(zip(STATISTICS, (loss, predicted, max_y, clamps, clipped, skipped, fault), strict=True))
+
+
+def _real(t: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers: the inner product of cotangent and displacement is real."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t

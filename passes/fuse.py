@@ -44,9 +44,21 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def mutates(graph: fx.Graph) -> bool:
+    """Whether an operator writes into a value other than an input of the graph."""
+    return any(
+        isinstance(n.target, torch._ops.OpOverload)
+        and n.target._schema.is_mutable
+        and not (n.target is aten.copy_.default and isinstance(n.args[0], fx.Node) and n.args[0].op == "placeholder")
+        for n in graph.nodes
+    )
+
+
 def drop_idle_views(graph: fx.Graph) -> int:
     """Replace views that give back a value at hand by that value; returns how many were dropped."""
     dropped = 0
+    if mutates(graph):
+        return 0
     for node in list(graph.nodes):
         source = _same_value(node)
         if source is not None:
@@ -98,6 +110,8 @@ def _undoes(node: fx.Node, source: fx.Node) -> bool:
 
 def share(graph: fx.Graph) -> int:
     """Merge equal pure operators; returns how many were dropped."""
+    if mutates(graph):  # an operator that writes into its input makes equal calls differ
+        return 0
     seen: dict[Any, fx.Node] = {}
     dropped = 0
     for node in list(graph.nodes):

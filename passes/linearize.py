@@ -103,6 +103,11 @@ def call(node: fx.Node, lookup: Callable[[fx.Node], Any]) -> Any:
     return node.target(*fx.node.map_arg(node.args, lookup), **fx.node.map_arg(node.kwargs, lookup))
 
 
+def differentiable(value: Any) -> bool:
+    """Whether a value is a real or complex tensor."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def context(chain: Chain, buffers: Mapping[str, Tensor], leaves: list[Any], params: Mapping[str, Tensor]) -> Env:
     """Values of every context node: data, constants, sizes, masks, frozen parameters."""
     env: Env = {}
@@ -170,11 +175,7 @@ def _sources(chain: Chain, node: fx.Node, env: Env) -> list[fx.Node]:
     """The operator's inputs that depend on a control and can be differentiated."""
     if node.target is torch.ops.aten.detach.default:
         return []
-    return [
-        a
-        for a in node.all_input_nodes
-        if chain.kinds[a] in DIFFERENTIATED and isinstance(env[a], Tensor) and env[a].is_floating_point()
-    ]
+    return [a for a in node.all_input_nodes if chain.kinds[a] in DIFFERENTIATED and differentiable(env[a])]
 
 
 def _with_pullback(
@@ -187,14 +188,14 @@ def _with_pullback(
         replaced = dict(zip(sources, tensors, strict=True))
         out = call(node, lambda n: replaced[n] if n in replaced else lookup(n))
         if isinstance(out, Tensor):
-            return (out,) if out.is_floating_point() else ((), out)
-        shape.append([isinstance(t, Tensor) and t.is_floating_point() for t in out])
+            return (out,) if differentiable(out) else ((), out)
+        shape.append([differentiable(t) for t in out])
         floats = tuple(t for t, f in zip(out, shape[-1], strict=True) if f)
         return floats, tuple(t for t, f in zip(out, shape[-1], strict=True) if not f)
 
     probe = call(node, lookup) if not isinstance(node.meta.get("val"), (Tensor, tuple, list)) else node.meta["val"]
     if isinstance(probe, Tensor):
-        if not probe.is_floating_point():
+        if not differentiable(probe):
             return call(node, lookup), lambda h: tuple(torch.zeros_like(lookup(s)) for s in sources)
         (value,), pull = vjp(function, *[lookup(s) for s in sources])
         return value, lambda h: pull((h,))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ddpn_fx.passes.fuse import fuse
+from ddpn_fx.passes.fuse import fuse, mutates
 from ddpn_fx.passes.log import PassRecord, op_counts, timed
 from ddpn_fx.passes.mode import STATISTICS, Hyper
 from ddpn_fx.passes.program import Program
@@ -199,7 +199,10 @@ def trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModul
     """``make_fx`` on real tensors; the random state is given back."""
     devices = sorted({t.device.index or 0 for t in flat if t.device.type == "cuda"})
     with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=devices):
-        return make_fx(function)(*flat)
+        module = make_fx(function)(*flat)
+        if mutates(module.graph):  # a composite operator that works in place
+            module = make_fx(torch.func.functionalize(function, remove="mutations"))(*flat)
+        return module
 
 
 def _write_in_place(module: fx.GraphModule, written: Sequence[tuple[int, int]]) -> None:

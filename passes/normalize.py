@@ -44,7 +44,7 @@ def normalize(module: fx.GraphModule, parameter_nodes: set[str]) -> fx.GraphModu
         if node.target in _ASSERTS:
             graph.erase_node(node)
             continue
-        for rewrite in (_norm, _batch_norm, _dropout, _matmul(parameter_only), _reshape):
+        for rewrite in (_norm, _batch_norm, _prelu, _dropout, _matmul(parameter_only), _reshape):
             new = rewrite(graph, node)
             if new is not None:
                 node.replace_all_uses_with(new)
@@ -159,6 +159,18 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if isinstance(bias, fx.Node):
         out = write(aten.add.Tensor, out, write(aten.reshape.default, bias, shape))
     return write(aten._to_copy.default, out, dtype=x.meta["val"].dtype) if low else out
+
+
+def _prelu(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """``prelu(x, w)`` -> ``where(x > 0, x, w * x)``: torch's batched derivative of ``prelu`` is not reduced to w."""
+    if node.target is not aten.prelu.default:
+        return None
+    x, weight = cast(fx.Node, node.args[0]), cast(fx.Node, node.args[1])
+    write = _Writer(graph, node, {k: v for k, v in node.meta.items() if k != "val"})
+    rank = x.meta["val"].dim()
+    shape = [1, -1, *([1] * (rank - 2))] if rank > 1 else [-1]
+    scaled = write(aten.mul.Tensor, x, write(aten.reshape.default, weight, shape))
+    return write(aten.where.self, write(aten.gt.Scalar, x, 0), x, scaled)
 
 
 class _Writer:

@@ -80,6 +80,12 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     # What leads to no further parametrised operator comes last: a loss term inside the model belongs to phi.
     leading = set(users).union(*(nx.ancestors(flow, n) for n in users))
     order = [n for n in order if n in leading] + [n for n in order if n not in leading]
+    complex_controls = [n for n in sorted(trainable) if params[n].is_complex()]
+    if complex_controls:
+        raise StagingError(
+            f"ddpn_fx.compile: the trainable parameter {complex_controls[0]!r} is complex; "
+            "keep real and imaginary parts as two real parameters and join them by torch.complex"
+        )
     if not users:
         raise StagingError(
             "ddpn_fx.compile: no operator of the model uses a trainable parameter; "

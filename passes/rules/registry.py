@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import fx
+from torch import Tensor, fx
 
 from ddpn_fx.passes.rules.affine import Affine, Expand
 from ddpn_fx.passes.rules.base import Rule
@@ -16,7 +16,13 @@ RULES: tuple[type[Rule], ...] = (Linear, Convolution, Embedding, Affine, Expand,
 
 
 def rule_for(node: fx.Node, arguments: Sequence[fx.Node]) -> type[Rule]:
-    """The first rule of :data:`RULES` that matches the operator and its parameter arguments."""
+    """The first rule of :data:`RULES` that matches the operator and its parameter arguments.
+
+    The fast rules are written for real values; what is complex is left to the generic one.
+    """
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    if any(isinstance(v, Tensor) and v.is_complex() for v in values):
+        return Rule
     return next(rule for rule in RULES if rule.matches(node, arguments))
 
 

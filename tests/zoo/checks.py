@@ -39,6 +39,12 @@ class Bench:
         self.net = ddpn_fx.compile(copy.deepcopy(self.model), loss=family.loss, disable=True)
         self.traced = CompiledModule(self.net._original, {**self.net._options, "backend": "eager"})
         self.traced.__dict__["_chains"] = self.net._chains
+        self.broken: Exception | None = None
+        inputs, target = family.sample()
+        try:
+            self.net.capture(inputs, target, with_target=family.loss is not None)
+        except Exception as error:  # each check fails by it, without another attempt
+            self.broken = error
 
     def reset(self) -> nn.Module:
         """The net at the family's initial weights; returns the eager module at the same."""
@@ -63,6 +69,8 @@ class Bench:
 
     def step(self, opt: ddpn_fx.DDPNOpt, batch: int = 4, seed: int = 0) -> Tensor:
         """One step on a batch."""
+        if self.broken is not None:
+            raise self.broken
         inputs, target = self.family.sample(batch, seed)
         return opt.train_step(inputs) if self.family.loss is None else opt.train_step(inputs, target)
 
@@ -160,7 +168,9 @@ def sample_gradients(
 
     def grad(value: Tensor) -> Tensor:
         found = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, found, strict=True)])  # noqa: E501
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, found, strict=True)]
+        )
 
     kept = [(b, b.clone()) for b in model.buffers()]
 
@@ -178,7 +188,9 @@ def sample_gradients(
         rows, phis = [], []
         B = next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)).shape[0]
         for i in range(B):
-            one = pytree.tree_map(lambda t: t[i : i + 1] if isinstance(t, Tensor) and t.shape[:1] == (B,) else t, inputs)  # noqa: B023, E501
+            one = pytree.tree_map(
+                lambda t: t[i : i + 1] if isinstance(t, Tensor) and t.shape[:1] == (B,) else t, inputs
+            )
             phi = objective(one, None)
             rows.append(grad(phi))
             phis.append(phi.detach())

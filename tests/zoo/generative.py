@@ -16,7 +16,7 @@ def autoencoder() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2), nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 8))
 
 
-@family("convolutional autoencoder", reconstruction(1, 8, 8), MSE, kind="mse")
+@family("convolutional autoencoder", reconstruction(1, 8, 8), MSE, kind="mse", slow=True)
 def conv_autoencoder() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 3, 3, 2, 1), nn.ReLU(), nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3, 2, 1, 1),
@@ -64,7 +64,7 @@ def real_or_fake(g: torch.Generator, b: int):
     return torch.randn(b, 3, 8, 8, generator=g), torch.randint(2, (b, 1), generator=g).float()
 
 
-@family("GAN discriminator, spectral norm", real_or_fake, BCE, kind="bce", train=False)
+@family("GAN discriminator, spectral norm", real_or_fake, BCE, kind="bce", train=False, slow=True)
 def discriminator() -> nn.Module:
     sn = torch.nn.utils.parametrizations.spectral_norm
     return nn.Sequential(
@@ -79,7 +79,14 @@ def spectral() -> nn.Module:
     return nn.Sequential(sn(nn.Linear(5, 6)), nn.ReLU(), sn(nn.Linear(6, 3)))
 
 
-@family("DCGAN generator against a frozen critic", lambda g, b: (torch.randn(b, 4, generator=g), torch.ones(b, 1)), BCE, kind="bce", mixes="statistics")  # noqa: E501
+@family(
+    "DCGAN generator against a frozen critic",
+    lambda g, b: (torch.randn(b, 4, generator=g), torch.ones(b, 1)),
+    BCE,
+    kind="bce",
+    mixes="statistics",
+    slow=True,
+)
 class Generator(nn.Module):
     def __init__(self):
         super().__init__()
@@ -113,7 +120,16 @@ class Flow(nn.Module):
         return (0.5 * (z**2).sum(1) + 2 * math.log(2 * math.pi) - log_det).mean()
 
 
-@family("diffusion denoiser, time embedding", lambda g, b: ((torch.randn(b, 2, 4, 4, generator=g), torch.randint(10, (b,), generator=g)), torch.randn(b, 2, 4, 4, generator=g)), MSE, kind="mse")  # noqa: E501
+@family(
+    "diffusion denoiser, time embedding",
+    lambda g, b: (
+        (torch.randn(b, 2, 4, 4, generator=g), torch.randint(10, (b,), generator=g)),
+        torch.randn(b, 2, 4, 4, generator=g),
+    ),
+    MSE,
+    kind="mse",
+    slow=True,
+)
 class Denoiser(nn.Module):
     def __init__(self):
         super().__init__()
@@ -128,7 +144,7 @@ class Denoiser(nn.Module):
         return self.out(F.silu(h))
 
 
-@family("neural ODE, Runge-Kutta on a shared block", vectors(4), CE)
+@family("neural ODE, Runge-Kutta on a shared block", vectors(4), CE, slow=True)
 class NeuralODE(nn.Module):
     def __init__(self):
         super().__init__()
@@ -169,7 +185,7 @@ class Siren(nn.Module):
         return self.out(x)
 
 
-@family("Fourier features, NeRF-like", regression(5, 2, out=(3,)), MSE, kind="mse")
+@family("Fourier features, NeRF-like", regression(5, 2, out=(3,)), MSE, kind="mse", slow=True)
 class Fourier(nn.Module):
     def __init__(self):
         super().__init__()
@@ -190,7 +206,7 @@ def mixture_nll(output: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor
     return -torch.logsumexp(logits.log_softmax(-1) + log_p, -1).mean()
 
 
-@family("mixture density network", regression(2, out=(1,)), mixture_nll, kind="other", curvature=1.0)
+@family("mixture density network", regression(2, out=(1,)), mixture_nll, kind="other", curvature=1.0, slow=True)
 class MixtureDensity(nn.Module):
     def __init__(self):
         super().__init__()
@@ -213,7 +229,13 @@ class Denoising(nn.Module):
         return {"loss": ((score + noise) ** 2).sum(1).mean(), "score": score}
 
 
-@family("physics-informed: residual of a network's Taylor features", regression(3, out=(1,)), F.huber_loss, kind="other", curvature=1.0)  # noqa: E501
+@family(
+    "physics-informed: residual of a network's Taylor features",
+    regression(3, out=(1,)),
+    F.huber_loss,
+    kind="other",
+    curvature=1.0,
+)
 class Taylor(nn.Module):
     def __init__(self):
         super().__init__()

@@ -64,17 +64,17 @@ def bert() -> nn.Module:
     return hf.BertForSequenceClassification(hf.BertConfig(**SMALL))
 
 
-@family("transformers: BERT masked language model", causal, None, logits=token_logits)
+@family("transformers: BERT masked language model", causal, None, logits=token_logits, slow=True)
 def bert_mlm() -> nn.Module:
     return hf.BertForMaskedLM(hf.BertConfig(**SMALL))
 
 
-@family("transformers: RoBERTa", classified(), None, logits=class_logits)
+@family("transformers: RoBERTa", classified(), None, logits=class_logits, slow=True)
 def roberta() -> nn.Module:
     return hf.RobertaForSequenceClassification(hf.RobertaConfig(**SMALL))
 
 
-@family("transformers: DistilBERT", classified(), None, logits=class_logits)
+@family("transformers: DistilBERT", classified(), None, logits=class_logits, slow=True)
 def distilbert() -> nn.Module:
     config = hf.DistilBertConfig(
         vocab_size=11, dim=8, n_layers=1, n_heads=2, hidden_dim=12, dropout=0.0, attention_dropout=0.0,
@@ -83,18 +83,18 @@ def distilbert() -> nn.Module:
     return hf.DistilBertForSequenceClassification(config)
 
 
-@family("transformers: ELECTRA", classified(), None, logits=class_logits)
+@family("transformers: ELECTRA", classified(), None, logits=class_logits, slow=True)
 def electra() -> nn.Module:
     return hf.ElectraForSequenceClassification(hf.ElectraConfig(embedding_size=6, **SMALL))
 
 
-@family("transformers: ALBERT (a shared layer)", classified(), None, logits=class_logits)
+@family("transformers: ALBERT (a shared layer)", classified(), None, logits=class_logits, slow=True)
 def albert() -> nn.Module:
     small = {**SMALL, "num_hidden_layers": 2}
     return hf.AlbertForSequenceClassification(hf.AlbertConfig(embedding_size=6, classifier_dropout_prob=0.0, **small))
 
 
-@family("transformers: DeBERTa-v2", classified(), None, logits=class_logits)
+@family("transformers: DeBERTa-v2", classified(), None, logits=class_logits, slow=True)
 def deberta() -> nn.Module:
     config = hf.DebertaV2Config(relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=8, **SMALL)
     config.problem_type = "single_label_classification"  # otherwise it branches on the labels
@@ -113,22 +113,30 @@ def gpt2() -> nn.Module:
 @family("transformers: Llama", causal, None, logits=next_token_logits, tolerance=1e-5)  # its norms are in float32
 def llama() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    return double_loss(hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys})))
+    return double_loss(
+        hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys}))
+    )
 
 
-@family("transformers: Llama, its loss in float32", causal, None, logits=next_token_logits, tolerance=1e-5)
+@family("transformers: Llama, its loss in float32", causal, None, logits=next_token_logits, tolerance=1e-5, slow=True)
 def llama_float() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys}))
 
 
-@family("transformers: Qwen2", causal, None, logits=next_token_logits, tolerance=1e-5)  # its norms are in float32
+@family(
+    "transformers: Qwen2", causal, None, logits=next_token_logits, tolerance=1e-5, slow=True
+)  # its norms are in float32
 def qwen() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    return double_loss(hf.Qwen2ForCausalLM(hf.Qwen2Config(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys})))
+    return double_loss(
+        hf.Qwen2ForCausalLM(hf.Qwen2Config(num_key_value_heads=1, use_cache=False, **{k: SMALL[k] for k in keys}))
+    )
 
 
-@family("transformers: Mixtral (mixture of experts)", causal, None, logits=next_token_logits, tolerance=1e-5)  # its norms are in float32
+@family(
+    "transformers: Mixtral (mixture of experts)", causal, None, logits=next_token_logits, tolerance=1e-5, slow=True
+)  # its norms are in float32
 def mixtral() -> nn.Module:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     small = {k: SMALL[k] for k in keys}
@@ -137,7 +145,7 @@ def mixtral() -> nn.Module:
     return double_loss(hf.MixtralForCausalLM(config))
 
 
-@family("transformers: OPT", causal, None, logits=next_token_logits)
+@family("transformers: OPT", causal, None, logits=next_token_logits, slow=True)
 def opt() -> nn.Module:
     config = hf.OPTConfig(
         vocab_size=11, hidden_size=8, num_hidden_layers=1, ffn_dim=12, num_attention_heads=2, dropout=0.0,
@@ -155,7 +163,7 @@ def t5() -> nn.Module:
     return hf.T5ForConditionalGeneration(config)
 
 
-@family("transformers: BART", causal, None, logits=token_logits)
+@family("transformers: BART", causal, None, logits=token_logits, slow=True)
 def bart() -> nn.Module:
     config = hf.BartConfig(
         vocab_size=11, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, use_cache=False,
@@ -170,7 +178,7 @@ def pictures(g: torch.Generator, b: int):
     return {"pixel_values": pixels, "labels": labels}, None
 
 
-@family("transformers: ViT", pictures, None, logits=class_logits)
+@family("transformers: ViT", pictures, None, logits=class_logits, slow=True)
 def vit() -> nn.Module:
     config = hf.ViTConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
@@ -179,19 +187,25 @@ def vit() -> nn.Module:
     return hf.ViTForImageClassification(config)
 
 
-@family("transformers: ConvNeXt V2", pictures, None, logits=class_logits)
+@family("transformers: ConvNeXt V2", pictures, None, logits=class_logits, slow=True)
 def convnext() -> nn.Module:
-    config = hf.ConvNextV2Config(hidden_sizes=[4, 6], depths=[1, 1], patch_size=2, image_size=8, num_labels=3, num_stages=2)
+    config = hf.ConvNextV2Config(
+        hidden_sizes=[4, 6], depths=[1, 1], patch_size=2, image_size=8, num_labels=3, num_stages=2
+    )
     return hf.ConvNextV2ForImageClassification(config)
 
 
-@family("transformers: ResNet", pictures, None, mixes="statistics", terminal="residual")
+@family("transformers: ResNet", pictures, None, mixes="statistics", terminal="residual", slow=True)
 def hf_resnet() -> nn.Module:
     config = hf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic", num_labels=3)
     return hf.ResNetForImageClassification(config)
 
 
-@family("transformers: Whisper encoder", lambda g, b: (torch.randn(b, 6, 16, generator=g), torch.randint(3, (b,), generator=g)), nn.functional.cross_entropy)  # noqa: E501
+@family(
+    "transformers: Whisper encoder",
+    lambda g, b: (torch.randn(b, 6, 16, generator=g), torch.randint(3, (b,), generator=g)),
+    nn.functional.cross_entropy,
+)
 class WhisperEncoder(nn.Module):
     def __init__(self):
         super().__init__()

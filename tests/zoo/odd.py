@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from tests.zoo.family import CE, MSE, family, positions, refusal, regression, vectors
 
 
-@family("siamese, two inputs in a tuple", lambda g, b: ((torch.randn(b, 4, generator=g), torch.randn(b, 4, generator=g)), torch.randint(2, (b,), generator=g).float()), lambda d, y: (y * d**2 + (1 - y) * F.relu(1 - d) ** 2).mean(), kind="other", curvature=2.0)  # noqa: E501
+@family(
+    "siamese, two inputs in a tuple",
+    lambda g, b: (
+        (torch.randn(b, 4, generator=g), torch.randn(b, 4, generator=g)),
+        torch.randint(2, (b,), generator=g).float(),
+    ),
+    lambda d, y: (y * d**2 + (1 - y) * F.relu(1 - d) ** 2).mean(),
+    kind="other",
+    curvature=2.0,
+)
 class Siamese(nn.Module):
     def __init__(self):
         super().__init__()
@@ -39,7 +48,16 @@ def two_losses(output: dict, target: tuple) -> Tensor:
     return F.cross_entropy(output["class"], target[0]) + 0.5 * F.mse_loss(output["value"], target[1])
 
 
-@family("multi-task, dict output, tuple target", lambda g, b: (torch.randn(b, 4, generator=g), (torch.randint(3, (b,), generator=g), torch.randn(b, 2, generator=g))), two_losses, kind="other", curvature=1.0)  # noqa: E501
+@family(
+    "multi-task, dict output, tuple target",
+    lambda g, b: (
+        torch.randn(b, 4, generator=g),
+        (torch.randint(3, (b,), generator=g), torch.randn(b, 2, generator=g)),
+    ),
+    two_losses,
+    kind="other",
+    curvature=1.0,
+)
 class MultiTask(nn.Module):
     def __init__(self):
         super().__init__()
@@ -50,7 +68,14 @@ class MultiTask(nn.Module):
         return {"class": self.classes(h), "value": self.value(h)}
 
 
-@family("auxiliary classifier (Inception)", vectors(4), lambda o, y: F.cross_entropy(o[0], y) + 0.3 * F.cross_entropy(o[1], y), kind="other", curvature=1.0)  # noqa: E501
+@family(
+    "auxiliary classifier (Inception)",
+    vectors(4),
+    lambda o, y: F.cross_entropy(o[0], y) + 0.3 * F.cross_entropy(o[1], y),
+    kind="other",
+    curvature=1.0,
+    slow=True,
+)
 class Auxiliary(nn.Module):
     def __init__(self):
         super().__init__()
@@ -61,7 +86,15 @@ class Auxiliary(nn.Module):
         return self.head(F.relu(self.b(h))), self.aux(h)
 
 
-@family("FiLM conditioning", lambda g, b: ((torch.randn(b, 3, 6, 6, generator=g), torch.randn(b, 4, generator=g)), torch.randint(3, (b,), generator=g)), CE)  # noqa: E501
+@family(
+    "FiLM conditioning",
+    lambda g, b: (
+        (torch.randn(b, 3, 6, 6, generator=g), torch.randn(b, 4, generator=g)),
+        torch.randint(3, (b,), generator=g),
+    ),
+    CE,
+    slow=True,
+)
 class FiLM(nn.Module):
     def __init__(self):
         super().__init__()
@@ -72,7 +105,12 @@ class FiLM(nn.Module):
         return self.head(F.relu(gamma * self.conv(x) + beta).mean((2, 3)))
 
 
-@family("hypernetwork, weights per sample", lambda g, b: ((torch.randn(b, 3, generator=g), torch.randn(b, 4, generator=g)), torch.randn(b, 2, generator=g)), MSE, kind="mse")  # noqa: E501
+@family(
+    "hypernetwork, weights per sample",
+    lambda g, b: ((torch.randn(b, 3, generator=g), torch.randn(b, 4, generator=g)), torch.randn(b, 2, generator=g)),
+    MSE,
+    kind="mse",
+)
 class Hyper(nn.Module):
     def __init__(self):
         super().__init__()
@@ -158,7 +196,7 @@ def lora() -> nn.Module:
     return nn.Sequential(LoRALinear(5, 6), nn.GELU(), LoRALinear(6, 6), nn.GELU(), LoRALinear(6, 3))
 
 
-@family("BitFit: biases only", vectors(5), CE)
+@family("BitFit: biases only", vectors(5), CE, slow=True)
 def bitfit() -> nn.Module:
     net = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 3))
     for name, p in net.named_parameters():
@@ -166,7 +204,7 @@ def bitfit() -> nn.Module:
     return net
 
 
-@family("prompt tuning: a learned prefix, frozen transformer", vectors(4, 6), CE)
+@family("prompt tuning: a learned prefix, frozen transformer", vectors(4, 6), CE, slow=True)
 class Prompt(nn.Module):
     def __init__(self):
         super().__init__()
@@ -238,7 +276,11 @@ class Learned(nn.Module):
 class TiedTranspose(nn.Module):
     def __init__(self):
         super().__init__()
-        self.w, self.b, self.c = nn.Parameter(torch.randn(4, 6) * 0.3), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(6))  # noqa: E501
+        self.w, self.b, self.c = (
+            nn.Parameter(torch.randn(4, 6) * 0.3),
+            nn.Parameter(torch.zeros(4)),
+            nn.Parameter(torch.zeros(6)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(torch.tanh(F.linear(x, self.w, self.b)), self.w.T, self.c)
@@ -287,7 +329,11 @@ class Cosine(nn.Module):
         return self.scale * F.linear(F.normalize(self.a(x)), F.normalize(self.w))
 
 
-@family("ensemble of members in one product", lambda g, b: (torch.randn(b, 5, generator=g), torch.randint(3, (b, 2), generator=g)), positions)  # noqa: E501
+@family(
+    "ensemble of members in one product",
+    lambda g, b: (torch.randn(b, 5, generator=g), torch.randint(3, (b, 2), generator=g)),
+    positions,
+)
 class BatchEnsemble(nn.Module):
     def __init__(self):
         super().__init__()
@@ -302,7 +348,12 @@ class BatchEnsemble(nn.Module):
 class Complex(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.re, self.im, self.out = nn.Linear(6, 6), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4)), nn.Linear(6, 3)  # noqa: E501
+        self.a, self.re, self.im, self.out = (
+            nn.Linear(6, 6),
+            nn.Parameter(torch.randn(4)),
+            nn.Parameter(torch.randn(4)),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         z = torch.fft.rfft(self.a(x)) * torch.complex(self.re, self.im)
@@ -344,7 +395,9 @@ def in_batch_contrast(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(z @ z.T / 0.5, torch.arange(z.shape[0]).roll(1))
 
 
-@refusal("in-batch contrastive loss", vectors(5), in_batch_contrast, Exception, "mixes the samples", terminal="residual")
+@refusal(
+    "in-batch contrastive loss", vectors(5), in_batch_contrast, Exception, "mixes the samples", terminal="residual"
+)
 def contrastive() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
 

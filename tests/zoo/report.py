@@ -103,7 +103,11 @@ def page(rows: list[dict], refusals: list[dict]) -> str:
         "|---|--:|--:|---|---|---|",
     ]
     for r in rows:
-        status = "passes" if not r["failed"] else "; ".join(f"{c}: {e.splitlines()[0][:160]}" for c, e in r["failed"].items())  # noqa: E501
+        status = (
+            "passes"
+            if not r["failed"]
+            else "; ".join(f"{c}: {e.splitlines()[0][:160]}" for c, e in r["failed"].items())
+        )
         if len(set(r["failed"].values())) == 1:
             status = next(iter(r["failed"].values())).splitlines()[0][:200]
         rules, passed = cell(", ".join(r["rules"])), ", ".join(r["passed"])

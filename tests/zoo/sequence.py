@@ -22,7 +22,7 @@ class LSTM(nn.Module):
         return self.head(self.rnn(x)[0][:, -1])
 
 
-@family("LSTM, bidirectional, 2 layers", vectors(3, 3), CE, noisy=True)
+@family("LSTM, bidirectional, 2 layers", vectors(3, 3), CE, noisy=True, slow=True)
 class BiLSTM(nn.Module):
     def __init__(self):
         super().__init__()
@@ -44,7 +44,13 @@ class GRU(nn.Module):
         return self.head(self.rnn(self.embedding(t))[0])
 
 
-@family("GRU, time first", lambda g, b: (torch.randn(b, 4, 3, generator=g), torch.randn(b, 2, generator=g)), MSE, kind="mse")  # noqa: E501
+@family(
+    "GRU, time first",
+    lambda g, b: (torch.randn(b, 4, 3, generator=g), torch.randn(b, 2, generator=g)),
+    MSE,
+    kind="mse",
+    slow=True,
+)
 class TimeFirst(nn.Module):
     def __init__(self):
         super().__init__()
@@ -85,7 +91,7 @@ class LSTMCell(nn.Module):
         return torch.stack(out, 1)
 
 
-@family("TCN, weight norm, dilated causal", vectors(3, 8), CE, noisy=True)
+@family("TCN, weight norm, dilated causal", vectors(3, 8), CE, noisy=True, slow=True)
 class TCN(nn.Module):
     def __init__(self):
         super().__init__()
@@ -102,7 +108,7 @@ class TCN(nn.Module):
         return self.head(h[..., -1])
 
 
-@family("orthogonal recurrent matrix", vectors(4, 3), CE)
+@family("orthogonal recurrent matrix", vectors(4, 3), CE, slow=True)
 class Orthogonal(nn.Module):
     def __init__(self):
         super().__init__()
@@ -152,7 +158,7 @@ class MinRecurrence(nn.Module):
         return self.head(h)
 
 
-@family("WaveNet, gated residual", tokens(8), lambda o, y: F.cross_entropy(o, y), kind="pixels")
+@family("WaveNet, gated residual", tokens(8), lambda o, y: F.cross_entropy(o, y), kind="pixels", slow=True)
 class WaveNet(nn.Module):
     def __init__(self):
         super().__init__()
@@ -187,7 +193,12 @@ class Speech(nn.Module):
         return self.head(F.relu(self.conv(mel)).amax(-1))
 
 
-@family("attention seq2seq (Bahdanau)", lambda g, b: ((torch.randint(7, (b, 4), generator=g), t := torch.randint(7, (b, 3), generator=g)), t.roll(-1, 1)), positions)  # noqa: E501
+@family(
+    "attention seq2seq (Bahdanau)",
+    lambda g, b: ((torch.randint(7, (b, 4), generator=g), t := torch.randint(7, (b, 3), generator=g)), t.roll(-1, 1)),
+    positions,
+    slow=True,
+)
 class Seq2Seq(nn.Module):
     def __init__(self):
         super().__init__()

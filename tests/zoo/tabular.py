@@ -45,7 +45,9 @@ class SkipConcat(nn.Module):
 class PointNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.align = nn.Sequential(nn.Conv1d(3, 4, 1), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(4, 9))
+        self.align = nn.Sequential(
+            nn.Conv1d(3, 4, 1), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(4, 9)
+        )
         self.body, self.head = nn.Sequential(nn.Conv1d(3, 5, 1), nn.ReLU(), nn.Conv1d(5, 6, 1)), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class DLRM(nn.Module):
         return self.top(torch.cat([x, z[:, i, j]], 1)).squeeze(1)
 
 
-@family("wide and deep", clicks, BCE, kind="bce")
+@family("wide and deep", clicks, BCE, kind="bce", slow=True)
 class WideDeep(nn.Module):
     def __init__(self):
         super().__init__()
@@ -112,7 +114,7 @@ class FactorizationMachine(nn.Module):
         return self.bias + dense @ self.dense + self.linear(sparse).sum((1, 2)) + pairs
 
 
-@family("TabTransformer", clicks, BCE, kind="bce")
+@family("TabTransformer", clicks, BCE, kind="bce", slow=True)
 class TabTransformer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -125,7 +127,11 @@ class TabTransformer(nn.Module):
         return self.head(torch.cat([self.encoder(x).flatten(1), self.norm(dense)], 1)).squeeze(-1)
 
 
-@family("bag of embeddings (EmbeddingBag, mean)", lambda g, b: (torch.randint(9, (b, 5), generator=g), torch.randint(3, (b,), generator=g)), CE)  # noqa: E501
+@family(
+    "bag of embeddings (EmbeddingBag, mean)",
+    lambda g, b: (torch.randint(9, (b, 5), generator=g), torch.randint(3, (b,), generator=g)),
+    CE,
+)
 class Bag(nn.Module):
     def __init__(self):
         super().__init__()
@@ -135,12 +141,24 @@ class Bag(nn.Module):
         return self.head(self.bag(t))
 
 
-@family("matrix factorization with biases", lambda g, b: ((torch.randint(6, (b,), generator=g), torch.randint(7, (b,), generator=g)), torch.randn(b, generator=g)), MSE, kind="mse")  # noqa: E501
+@family(
+    "matrix factorization with biases",
+    lambda g, b: (
+        (torch.randint(6, (b,), generator=g), torch.randint(7, (b,), generator=g)),
+        torch.randn(b, generator=g),
+    ),
+    MSE,
+    kind="mse",
+)
 class MatrixFactorization(nn.Module):
     def __init__(self):
         super().__init__()
         self.user, self.item = nn.Embedding(6, 3), nn.Embedding(7, 3)
-        self.user_bias, self.item_bias, self.mean = nn.Embedding(6, 1), nn.Embedding(7, 1), nn.Parameter(torch.zeros(()))
+        self.user_bias, self.item_bias, self.mean = (
+            nn.Embedding(6, 1),
+            nn.Embedding(7, 1),
+            nn.Parameter(torch.zeros(())),
+        )
 
     def forward(self, u: Tensor, i: Tensor) -> Tensor:
         return (self.user(u) * self.item(i)).sum(-1) + self.user_bias(u)[:, 0] + self.item_bias(i)[:, 0] + self.mean
@@ -148,7 +166,9 @@ class MatrixFactorization(nn.Module):
 
 def molecules(g: torch.Generator, b: int):
     a = (torch.rand(b, 5, 5, generator=g) > 0.5).float()
-    return (torch.randn(b, 5, 3, generator=g), (a + a.mT).clamp(max=1) + torch.eye(5)), torch.randint(3, (b,), generator=g)  # noqa: E501
+    return (torch.randn(b, 5, 3, generator=g), (a + a.mT).clamp(max=1) + torch.eye(5)), torch.randint(
+        3, (b,), generator=g
+    )
 
 
 @family("GCN, dense adjacency per sample", molecules, CE)
@@ -166,7 +186,12 @@ class GCN(nn.Module):
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 0, 2], [1, 2, 3, 4, 0, 2, 0]])
 
 
-@family("message passing, edge list without a batch dimension", lambda g, b: ({"x": torch.randn(b, 5, 3, generator=g), "edges": EDGES}, torch.randn(b, 5, 2, generator=g)), MSE, kind="mse")  # noqa: E501
+@family(
+    "message passing, edge list without a batch dimension",
+    lambda g, b: ({"x": torch.randn(b, 5, 3, generator=g), "edges": EDGES}, torch.randn(b, 5, 2, generator=g)),
+    MSE,
+    kind="mse",
+)
 class MessagePassing(nn.Module):
     def __init__(self):
         super().__init__()
@@ -179,7 +204,7 @@ class MessagePassing(nn.Module):
         return self.out(F.relu(self.update(torch.cat([x, pooled], -1))))
 
 
-@family("graph attention", molecules, CE)
+@family("graph attention", molecules, CE, slow=True)
 class GAT(nn.Module):
     def __init__(self):
         super().__init__()
@@ -192,7 +217,12 @@ class GAT(nn.Module):
         return self.head(F.elu(e.softmax(-1) @ h).mean(1))
 
 
-@family("bilinear", lambda g, b: ((torch.randn(b, 3, generator=g), torch.randn(b, 4, generator=g)), torch.randn(b, 2, generator=g)), MSE, kind="mse")  # noqa: E501
+@family(
+    "bilinear",
+    lambda g, b: ((torch.randn(b, 3, generator=g), torch.randn(b, 4, generator=g)), torch.randn(b, 2, generator=g)),
+    MSE,
+    kind="mse",
+)
 class Bilinear(nn.Module):
     def __init__(self):
         super().__init__()
@@ -202,7 +232,7 @@ class Bilinear(nn.Module):
         return self.out(torch.tanh(self.pair(self.a(x), y)))
 
 
-@family("KAN: learned basis expansions", regression(4), MSE, kind="mse")
+@family("KAN: learned basis expansions", regression(4), MSE, kind="mse", slow=True)
 class KAN(nn.Module):
     def __init__(self):
         super().__init__()
@@ -218,7 +248,7 @@ class KAN(nn.Module):
         return torch.einsum("big,iog->bo", self.basis(h), self.c2)
 
 
-@family("soft decision tree", vectors(4), lambda o, y: F.nll_loss(o.log(), y), kind="other", curvature=1.0)
+@family("soft decision tree", vectors(4), lambda o, y: F.nll_loss(o.log(), y), kind="other", curvature=1.0, slow=True)
 class Tree(nn.Module):
     def __init__(self):
         super().__init__()
@@ -230,11 +260,15 @@ class Tree(nn.Module):
         return reach @ self.leaves.softmax(-1)
 
 
-@family("radial basis functions", regression(3), MSE, kind="mse")
+@family("radial basis functions", regression(3), MSE, kind="mse", slow=True)
 class RBF(nn.Module):
     def __init__(self):
         super().__init__()
-        self.centres, self.log_scale, self.out = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.zeros(5)), nn.Linear(5, 2)  # noqa: E501
+        self.centres, self.log_scale, self.out = (
+            nn.Parameter(torch.randn(5, 3)),
+            nn.Parameter(torch.zeros(5)),
+            nn.Linear(5, 2),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(torch.exp(-torch.cdist(x, self.centres).square() * self.log_scale.exp()))

@@ -69,7 +69,7 @@ def translation(g: torch.Generator, b: int):
     return (s, t[:, :-1]), t[:, 1:]
 
 
-@family("encoder-decoder, nn.Transformer", translation, positions)
+@family("encoder-decoder, nn.Transformer", translation, positions, slow=True)
 class EncoderDecoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -79,7 +79,9 @@ class EncoderDecoder(nn.Module):
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1], dtype=torch.float64)
         scale = math.sqrt(8)
-        h = self.transformer(self.embedding(source) * scale, self.embedding(target) * scale, tgt_mask=mask, tgt_is_causal=True)
+        h = self.transformer(
+            self.embedding(source) * scale, self.embedding(target) * scale, tgt_mask=mask, tgt_is_causal=True
+        )
         return self.head(h)
 
 
@@ -121,7 +123,7 @@ class Llama(nn.Module):
         return self.head(self.norm3(x))
 
 
-@family("T5: relative position bias", tokens(5, classes=3), CE)
+@family("T5: relative position bias", tokens(5, classes=3), CE, slow=True)
 class T5(nn.Module):
     def __init__(self):
         super().__init__()
@@ -145,14 +147,18 @@ class Whisper(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv1d(6, 8, 3, padding=1), nn.Conv1d(8, 8, 3, stride=2, padding=1)
         self.register_buffer("positions", torch.randn(4, 8))
-        self.layer, self.norm, self.head = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True, norm_first=True), nn.LayerNorm(8), nn.Linear(8, 3)  # noqa: E501
+        self.layer, self.norm, self.head = (
+            nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True, norm_first=True),
+            nn.LayerNorm(8),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, mel: Tensor) -> Tensor:
         x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).permute(0, 2, 1)
         return self.head(self.norm(self.layer(x + self.positions)).mean(1))
 
 
-@family("ALiBi", tokens(5), positions)
+@family("ALiBi", tokens(5), positions, slow=True)
 class ALiBi(nn.Module):
     def __init__(self):
         super().__init__()
@@ -168,7 +174,7 @@ class ALiBi(nn.Module):
         return self.head(x + self.attn(x, bias.to(x.dtype)))
 
 
-@family("linear attention", tokens(5), positions)
+@family("linear attention", tokens(5), positions, slow=True)
 class LinearAttention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -183,7 +189,7 @@ class LinearAttention(nn.Module):
         return self.head(x + torch.einsum("bpd,bpde->bpe", q, state) / normal[..., None])
 
 
-@family("gMLP", tokens(5, classes=3), CE)
+@family("gMLP", tokens(5, classes=3), CE, slow=True)
 class GMLP(nn.Module):
     def __init__(self):
         super().__init__()
@@ -210,7 +216,7 @@ class FNet(nn.Module):
         return self.head(self.norm2(x + self.mlp(x)).mean(1))
 
 
-@family("Perceiver: learned latents, cross attention", vectors(6, 5), CE)
+@family("Perceiver: learned latents, cross attention", vectors(6, 5), CE, slow=True)
 class Perceiver(nn.Module):
     def __init__(self):
         super().__init__()
@@ -240,7 +246,7 @@ class MoE(nn.Module):
         return self.head(x + torch.einsum("bpkh,bpkhd,bpk->bpd", h, w2, weight))
 
 
-@family("mixture of experts, soft masks over nn.Linear experts", vectors(6), CE)
+@family("mixture of experts, soft masks over nn.Linear experts", vectors(6), CE, slow=True)
 class SoftMoE(nn.Module):
     def __init__(self):
         super().__init__()
@@ -255,7 +261,15 @@ class SoftMoE(nn.Module):
         return self.head((sparse[..., None] * y).sum(1))
 
 
-@family("CLIP-like towers, matched pairs", lambda g, b: ({"image": torch.randn(b, 3, 6, 6, generator=g), "text": torch.randint(7, (b, 4), generator=g)}, torch.randint(2, (b,), generator=g).float()), F.binary_cross_entropy_with_logits, kind="bce")  # noqa: E501
+@family(
+    "CLIP-like towers, matched pairs",
+    lambda g, b: (
+        {"image": torch.randn(b, 3, 6, 6, generator=g), "text": torch.randint(7, (b, 4), generator=g)},
+        torch.randint(2, (b,), generator=g).float(),
+    ),
+    F.binary_cross_entropy_with_logits,
+    kind="bce",
+)
 class Towers(nn.Module):
     def __init__(self):
         super().__init__()

@@ -39,7 +39,7 @@ def resnet_bn() -> nn.Module:
     return resnet(nn.BatchNorm2d)
 
 
-@family("ResNet, BatchNorm in eval mode", images(), CE, train=False)
+@family("ResNet, BatchNorm in eval mode", images(), CE, train=False, slow=True)
 def resnet_eval() -> nn.Module:
     return resnet(nn.BatchNorm2d)
 
@@ -57,13 +57,13 @@ class Bottleneck(nn.Module):
         return F.relu(self.body(x) + self.skip(x))
 
 
-@family("ResNet, bottleneck, GroupNorm", images(), CE)
+@family("ResNet, bottleneck, GroupNorm", images(), CE, slow=True)
 def bottleneck() -> nn.Module:
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     return nn.Sequential(conv(3, 4), Bottleneck(4, 4, 8), nn.MaxPool2d(2), Bottleneck(8, 4, 8), *head)
 
 
-@family("ResNet, pre-activation", images(6), CE, mixes="statistics")
+@family("ResNet, pre-activation", images(6), CE, mixes="statistics", slow=True)
 class PreActivation(nn.Module):
     def __init__(self):
         super().__init__()
@@ -73,7 +73,9 @@ class PreActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        for n1, c1, n2, c2 in zip(*[iter(m) for m in (self.norms[::2], self.convs[::2], self.norms[1::2], self.convs[1::2])]):  # noqa: B905, E501
+        for n1, c1, n2, c2 in zip(
+            *[iter(m) for m in (self.norms[::2], self.convs[::2], self.norms[1::2], self.convs[1::2])]
+        ):
             x = x + c2(F.relu(n2(c1(F.relu(n1(x))))))
         return self.fc(x.mean((2, 3)))
 
@@ -106,7 +108,7 @@ class SqueezeExcite(nn.Module):
         return x * F.hardsigmoid(self.expand(F.relu(self.reduce(F.adaptive_avg_pool2d(x, 1)))))
 
 
-@family("MobileNetV3", images(), CE, mixes="statistics")
+@family("MobileNetV3", images(), CE, mixes="statistics", slow=True)
 class MobileNet(nn.Module):
     def __init__(self):
         super().__init__()
@@ -131,7 +133,7 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
     return x * keep.div_(1 - rate)
 
 
-@family("EfficientNet, drop path", images(), CE, mixes="statistics", noisy=True)
+@family("EfficientNet, drop path", images(), CE, mixes="statistics", noisy=True, slow=True)
 class EfficientNet(nn.Module):
     def __init__(self):
         super().__init__()
@@ -181,7 +183,7 @@ def vgg() -> nn.Module:
     )  # fmt: skip
 
 
-@family("ShuffleNet", images(), CE, mixes="statistics")
+@family("ShuffleNet", images(), CE, mixes="statistics", slow=True)
 class ShuffleNet(nn.Module):
     def __init__(self):
         super().__init__()
@@ -208,7 +210,7 @@ class UNet(nn.Module):
         self.down1, self.down2 = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
         self.middle = nn.Conv2d(4, 4, 3, padding=1)
         up = lambda i, o: nn.ConvTranspose2d(i, o, 2, 2)  # noqa: E731
-        interpolate = lambda i, o: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(i, o, 1))  # noqa: E731, E501
+        interpolate = lambda i, o: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(i, o, 1))  # noqa: E731
         self.up2, self.up1 = (up if transposed else interpolate)(4, 4), (up if transposed else interpolate)(4, 3)
         self.dec2, self.dec1 = nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(6, 3, 3, padding=1)
 
@@ -225,7 +227,7 @@ def unet_transposed() -> nn.Module:
     return UNet(True)
 
 
-@family("U-Net, upsampling", segmentation, CE, kind="pixels")
+@family("U-Net, upsampling", segmentation, CE, kind="pixels", slow=True)
 def unet_upsample() -> nn.Module:
     return UNet(False)
 
@@ -249,7 +251,7 @@ class ViT(nn.Module):
         return self.head(self.norm3(x)[:, 0])
 
 
-@family("ViT, nn.TransformerEncoder", images(6), CE, noisy=True)
+@family("ViT, nn.TransformerEncoder", images(6), CE, noisy=True, slow=True)
 class ViTEncoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -285,7 +287,7 @@ class WindowAttention(nn.Module):
         return x + (torch.roll(h, (s, s), (1, 2)) if s else h)
 
 
-@family("Swin", images(8), CE)
+@family("Swin", images(8), CE, slow=True)
 class Swin(nn.Module):
     def __init__(self):
         super().__init__()
@@ -299,7 +301,7 @@ class Swin(nn.Module):
         return self.head(self.norm(self.merge(x)).mean((1, 2)))
 
 
-@family("MLP-Mixer", images(6), CE)
+@family("MLP-Mixer", images(6), CE, slow=True)
 class Mixer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -314,7 +316,7 @@ class Mixer(nn.Module):
         return self.head(x.mean(1))
 
 
-@family("3-D convolution", vectors(2, 4, 6, 6), CE)
+@family("3-D convolution", vectors(2, 4, 6, 6), CE, slow=True)
 def conv3d() -> nn.Module:
     return nn.Sequential(
         nn.Conv3d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2), nn.Conv3d(3, 4, (1, 3, 3)), nn.ReLU(),
@@ -322,6 +324,12 @@ def conv3d() -> nn.Module:
     )  # fmt: skip
 
 
-@family("super resolution, pixel shuffle", lambda g, b: (torch.randn(b, 1, 4, 4, generator=g), torch.randn(b, 1, 8, 8, generator=g)), MSE, kind="mse")  # noqa: E501
+@family(
+    "super resolution, pixel shuffle",
+    lambda g, b: (torch.randn(b, 1, 4, 4, generator=g), torch.randn(b, 1, 8, 8, generator=g)),
+    MSE,
+    kind="mse",
+    slow=True,
+)
 def espcn() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1), nn.PixelShuffle(2))
