@@ -13,7 +13,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from ddpn_fx.passes.pipeline import build_chain
 _PREFIXES = ("_orig_mod.", "module.")
 _OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile")
 _PLAIN = (bool, int, float, str, type(None))
+_PLAIN_TYPES = frozenset(_PLAIN)
+_REGISTRIES = frozenset(nn.Module().__dict__)
 
 
 def compile(
@@ -187,6 +189,9 @@ class CompiledModule(nn.Module):
         batch = _structure((args, kwargs, targets))
         key = (self._signature(), bool(targets) or loss is None, batch)
         if key not in self._chains:
+            for (*others, known), chain in self._chains.items():
+                if tuple(others) == key[:2] and _same_structure(known, (args, kwargs, targets)):
+                    return chain
             check_batch("ddpn_fx.compile", args, kwargs, targets)
             args, kwargs, targets = pytree.tree_map_only(Tensor, _finite, (args, kwargs, targets))
             with self._undisturbed(), torch.inference_mode(False), torch.enable_grad():
@@ -200,7 +205,8 @@ class CompiledModule(nn.Module):
     def _try(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: tuple[Any, ...]) -> None:
         """Run the module and the loss once in eager mode, so that what fails there fails in its own words."""
         loss = self._options["loss"]
-        with borrowed(self._original), torch.no_grad():
+        state = borrowed(loss) if isinstance(loss, nn.Module) else nullcontext()
+        with borrowed(self._original), state, torch.no_grad():
             try:
                 Objective(self._original, loss, loss is None)(args, dict(kwargs), targets)
             except CaptureError:
@@ -221,6 +227,12 @@ class CompiledModule(nn.Module):
         """Give back the random state and the plain attributes of the modules; note which a forward pass changes."""
         modules = list(self._original.modules())
         before = [dict(m.__dict__) for m in modules]
+        held = [
+            (v, copy.copy(v))
+            for m in modules
+            for n, v in m.__dict__.items()
+            if type(v) in (list, dict, set) and n not in _REGISTRIES
+        ]
         devices = sorted({p.device.index or 0 for p in self._original.parameters() if p.device.type == "cuda"})
         try:
             with torch.random.fork_rng(devices=devices):
@@ -236,23 +248,30 @@ class CompiledModule(nn.Module):
                             now[name] = old[name]
                         else:
                             del now[name]
+            for now, old in held:
+                now.clear()
+                now.extend(old) if isinstance(now, list) else now.update(old)
             self._volatile = self._volatile | changed
 
-    def _signature(self) -> tuple[Any, ...]:
-        """What a capture rests on, beside the batch."""
+    def _signature(
+        self, params: Mapping[str, nn.Parameter] | None = None, buffers: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, ...]:
+        """What a capture rests on, beside the batch. It runs before every step, which has the names at hand."""
         model, volatile = self._original, self._volatile
-        settings = []
+        settings: list[Any] = []
         for i, module in enumerate(model.modules()):
-            settings += [
-                (i, name, value)
-                for name, value in module.__dict__.items()
-                if type(value) in _PLAIN and (i, name) not in volatile
-            ]
-            if module._forward_pre_hooks or module._forward_hooks:
-                settings.append((i, *module._forward_pre_hooks, None, *module._forward_hooks))
-        params = tuple((n, p.requires_grad, p.dtype, p.device, p.shape) for n, p in model.named_parameters())
-        buffers = tuple((n, b.dtype, b.shape) for n, b in model.named_buffers())
-        return tuple(settings), params, buffers, _autocast(params[0][3].type if params else "cpu")
+            own = module.__dict__
+            settings.append(
+                tuple([(n, v) for n, v in own.items() if type(v) in _PLAIN_TYPES and (i, n) not in volatile])
+            )
+            before, after = own.get("_forward_pre_hooks"), own.get("_forward_hooks")
+            if before or after:
+                settings.append((*(before or ()), None, *(after or ())))
+        params = dict(model.named_parameters(remove_duplicate=False)) if params is None else params
+        buffers = dict(model.named_buffers(remove_duplicate=False)) if buffers is None else buffers
+        weights = tuple([(n, p.requires_grad, p.dtype, p.device, p.shape) for n, p in params.items()])
+        others = tuple([(n, b.dtype, b.shape) for n, b in buffers.items()])
+        return tuple(settings), weights, others, _autocast(weights[0][3].type if weights else "cpu")
 
     # -- what stays the user's module's ------------------------------------------------------------
 
@@ -330,11 +349,17 @@ class CompiledModule(nn.Module):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._original)})
 
+    def _with(self, model: nn.Module) -> CompiledModule:
+        """The same wrapper on a copy of the module, which shares what was generated: graphs know names, not tensors."""
+        twin = CompiledModule(model, self._options)
+        twin._chains, twin._lowered, twin._volatile = dict(self._chains), dict(self._lowered), self._volatile
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
-        return CompiledModule(copy.deepcopy(self._original, memo), self._options)
+        return self._with(copy.deepcopy(self._original, memo))
 
     def __copy__(self) -> CompiledModule:
-        return CompiledModule(self._original, self._options)
+        return self._with(self._original)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledModule, (self._original, self._options)
@@ -431,6 +456,24 @@ def _structure(batch: Any) -> tuple[Any, ...]:
         return (t.dtype, t.device, batched, tuple(t.shape[int(batched) :]))
 
     return str(spec), tuple(describe(t) for t in leaves)
+
+
+def _same_structure(known: tuple[Any, ...], batch: Any) -> bool:
+    """Whether a batch fits a capture's structure, also where its size happens to be another tensor's length."""
+    leaves, spec = pytree.tree_flatten(batch)
+    expected = known[1]
+    if str(spec) != known[0]:
+        return False
+    for t, described in zip(leaves, expected, strict=True):
+        if not isinstance(t, Tensor):
+            if described != (type(t).__name__, repr(t)):
+                return False
+            continue
+        if len(described) != 4 or described[:2] != (t.dtype, t.device):
+            return False
+        if described[3] != tuple(t.shape[1:] if described[2] else t.shape) or (described[2] and t.dim() == 0):
+            return False
+    return True
 
 
 def _strip(key: str, known: set[str]) -> str:

@@ -237,8 +237,8 @@ class DDPNOpt(Optimizer):
             args, kwargs, targets = pytree.tree_map_only(Tensor, _normal, (args, kwargs, targets))
             leaves = pytree.tree_leaves((args, kwargs, targets))
             params = dict(net.named_parameters(remove_duplicate=False))
-            lowered = self._lowered(args, kwargs, targets, leaves, batch, params)
             buffers = dict(net.named_buffers(remove_duplicate=False))
+            lowered = self._lowered(args, kwargs, targets, leaves, batch, params, buffers)
             vector = self._hyper_vector(params)
             state = self._state(lowered.program, params)
             with _full_precision(params):
@@ -287,7 +287,14 @@ class DDPNOpt(Optimizer):
     # -- programs ----------------------------------------------------------------------------------
 
     def _lowered(
-        self, args: Any, kwargs: Any, targets: Any, leaves: list[Any], batch: int, params: Mapping[str, nn.Parameter]
+        self,
+        args: Any,
+        kwargs: Any,
+        targets: Any,
+        leaves: list[Any],
+        batch: int,
+        params: Mapping[str, nn.Parameter],
+        buffers: Mapping[str, Tensor],
     ) -> Lowered:
         """The program for such a batch and the present structure. Optimizers of one net share them."""
         net = self.net
@@ -295,13 +302,13 @@ class DDPNOpt(Optimizer):
         shapes = tuple(
             (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t).__name__, repr(t)) for t in leaves
         )
-        key = (str(spec), shapes, net._signature())
+        key = (str(spec), shapes, net._signature(params, buffers))
         present = (key, self._structure(), tuple(map(id, params.values())))
         if present in self._programs:
             return self._programs[present]
         mode = self._mode(params)
         chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
-        shared = (*key[:2], net._signature(), mode)
+        shared = (*key[:2], net._signature(params, buffers), mode)
         if shared not in net._lowered:
             with _full_precision(params):
                 net._lowered[shared] = self._lower(chain, mode, leaves, batch, params)
@@ -481,8 +488,8 @@ def _number_dtype(like: Tensor) -> torch.dtype:
 
 
 def _normal(t: Tensor) -> Tensor:
-    """A tensor that autograd can save, where it was made under ``torch.inference_mode``."""
-    return t.clone() if t.is_inference() else t
+    """The values alone: not an inference tensor, which autograd cannot save, and no part of the user's graph."""
+    return t.clone() if t.is_inference() else t.detach()
 
 
 def _full_precision(params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:

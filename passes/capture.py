@@ -12,7 +12,9 @@ state, buffers and ``.grad`` are restored.
 
 from __future__ import annotations
 
+import linecache
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -204,20 +206,33 @@ def _export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> t
             program = program.run_decompositions({op: table[op] for op in _RECURRENT if op in table})
             make_strides_free(program.graph_module)
             return program
+    except CaptureError:
+        raise
     except Exception as error:
         text = str(error)
+        said = text.split("\n\n")[0][:600]  # the rest is advice for users of torch.export; it stays in __cause__
         hint = ""
         if (
             "data-dependent" in text.lower()
             or "guard on data" in text.lower()
             or "GuardOnDataDependent" in type(error).__name__
         ):
-            hint = " A branch depends on the data: replace the Python `if` by torch.where or torch.cond."
-        elif "Constraints violated" in text or "specialized" in text.lower():
-            hint = " The model does not take every batch size: a size of the batch is fixed somewhere in it."
+            hint = (
+                " A branch or a size depends on the data: replace the Python `if` by torch.where or torch.cond, "
+                "and sizes that are read from values by fixed ones."
+            )
+            said = said.split("  (")[0]
+        elif "Constraints violated" in text or "specialized" in text.lower() or re.search(r"\bs\d+\b", text):
+            hint = (
+                " The model or the loss does not take every batch size: it is fixed somewhere in it. "
+                "Write x.shape[0] for len(x) and for numbers."
+            )
+            said = "" if "Constraints violated" in text else said
         raise CaptureError(
-            f"ddpn_fx.compile: torch.export could not capture {type(objective.model).__name__}.{hint}\n"
-            f"{_user_frame(error)}{text}"
+            (
+                f"ddpn_fx.compile: torch.export could not capture {type(objective.model).__name__}.{hint}\n"
+                f"{_user_frame(error)}{said}"
+            ).rstrip()
         ) from error
 
 
@@ -262,13 +277,14 @@ def detach_no_grad(module: fx.GraphModule) -> None:
 
 
 def _user_frame(error: BaseException) -> str:
-    """The last line of the user's own code in an exception's traceback."""
+    """The last line of the user's own code in an exception's traceback, with its text."""
     frame = ""
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
         if not is_library(name) and not name.startswith("<"):
-            frame = f"  at {name}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}\n"
+            line = linecache.getline(name, trace.tb_lineno).strip()
+            frame = f"  at {name}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}: {line}\n"
         trace = trace.tb_next
     return frame
 
@@ -300,6 +316,12 @@ def _signature(
         raise CaptureError(
             f"ddpn_fx.compile: the model writes into its input {unsupported[0].target!r}; "
             "clone it first (`x = x.clone()`)"
+        )
+    own = [s.target for s in specs if s.kind.name == "BUFFER_MUTATION" and not str(s.target).startswith("model.")]
+    if own:
+        raise CaptureError(
+            f"ddpn_fx.compile: the loss updates its own buffer {str(own[0]).removeprefix('criterion.')!r}, "
+            "which a training step does not keep; move that state into the model, or out of the loss"
         )
     outputs = [i for i, s in enumerate(specs) if s.kind.name == "USER_OUTPUT"]
     names = [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT"]
@@ -407,7 +429,8 @@ def close(a: Tensor | None, b: Tensor | None) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     eps = torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0.0
-    scale = float(a.detach().abs().max()) if a.numel() else 0.0
+    finite = a.detach().abs()[a.isfinite()]
+    scale = float(finite.max()) if finite.numel() else 0.0
     return bool(
         torch.allclose(a.detach(), b.detach(), rtol=1e3 * eps, atol=1e3 * eps * max(scale, 1.0) + 1e-12, equal_nan=True)
     )

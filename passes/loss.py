@@ -313,6 +313,9 @@ def _other(
     rest = total - weight[:, None] * gradient
     scale = total.abs().amax()
     collinear = rest.abs().amax(1) / torch.where(scale > 0, scale, torch.ones_like(scale))
+    # A sample alone may have no finite loss (a variance over the batch) where the batch has one.
+    lost = total.isfinite().all() & ~collinear.isfinite()
+    collinear = torch.where(lost, torch.full_like(collinear, math.inf), collinear)
 
     def hessian() -> Tensor:
         return torch.func.vmap(torch.func.hessian(value_of))(flat, *batched).to(dtype)

@@ -28,6 +28,8 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
 )
 
+_AVERAGE_POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+
 
 def normalize(module: fx.GraphModule, parameter_nodes: set[str]) -> fx.GraphModule:
     """Rewrite the graph in place into the normal form and return it.
@@ -44,7 +46,9 @@ def normalize(module: fx.GraphModule, parameter_nodes: set[str]) -> fx.GraphModu
         if node.target in _ASSERTS:
             graph.erase_node(node)
             continue
-        for rewrite in (_norm, _batch_norm, _prelu, _dropout, _matmul(parameter_only), _reshape):
+        if node.target in _AVERAGE_POOLS:
+            _average_pool(node)
+        for rewrite in (_norm, _batch_norm, _prelu, _one_hot, _dropout, _matmul(parameter_only), _reshape):
             new = rewrite(graph, node)
             if new is not None:
                 node.replace_all_uses_with(new)
@@ -171,6 +175,32 @@ def _prelu(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     shape = [1, -1, *([1] * (rank - 2))] if rank > 1 else [-1]
     scaled = write(aten.mul.Tensor, x, write(aten.reshape.default, weight, shape))
     return write(aten.where.self, write(aten.gt.Scalar, x, 0), x, scaled)
+
+
+def _average_pool(node: fx.Node) -> None:
+    """Say ``count_include_pad=False`` where nothing is padded, which means the same.
+
+    With True inductor's backward miscounts the overhanging windows of ``ceil_mode`` (pytorch issue 198119).
+    """
+    given = dict(zip(("x", "kernel", "stride", "padding", "ceil", "include"), node.args, strict=False))
+    padding = given.get("padding", 0)
+    padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    if given.get("ceil", False) and given.get("include", True) and not padded:
+        node.args = (*node.args[:5], False, *node.args[6:])
+
+
+def _one_hot(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """``one_hot(i, C)`` -> ``i[..., None] == arange(C)``: the operator reads its values back, which vmap forbids."""
+    if node.target is not aten.one_hot.default or not isinstance(node.args[-1], int) or node.args[-1] < 1:
+        return None
+    index = cast(fx.Node, node.args[0])
+    write = _Writer(graph, node, {k: v for k, v in node.meta.items() if k != "val"})
+    classes = write(aten.arange.default, node.args[-1], device=index.meta["val"].device)
+    return write(
+        aten._to_copy.default,
+        write(aten.eq.Tensor, write(aten.unsqueeze.default, index, -1), classes),
+        dtype=torch.int64,
+    )
 
 
 class _Writer:

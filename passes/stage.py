@@ -86,17 +86,22 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
             f"ddpn_fx.compile: the trainable parameter {complex_controls[0]!r} is complex; "
             "keep real and imaginary parts as two real parameters and join them by torch.complex"
         )
+    if loss is not None and kind.get(loss) is not Kind.CHAIN:
+        raise StagingError("ddpn_fx.compile: the loss does not depend on a trainable parameter of the model")
     if not users:
         raise StagingError(
             "ddpn_fx.compile: no operator of the model uses a trainable parameter; "
             "set requires_grad=True on what is to be trained"
         )
-    phi, terminal, loss_node = _terminal(order, users, marks, loss, flow, probed)
-    late = [n for n in users if n in phi]
+    output = set(marks).union(*(nx.ancestors(flow, m) for m in marks)) if marks else leading
+    own = [n for n in mixing if n is not loss and n not in output | leading]  # the loss mixes samples
+    phi, terminal, loss_node = _terminal(order, users, marks, loss, flow, probed, known=not own)
+    late = [n for n in users if n in phi or (loss is not None and n not in output)]
     if late:
         raise StagingError(
             "ddpn_fx.compile: the loss itself uses trainable parameters, after the model's output: "
-            f"{'; '.join(describe(n) for n in late)}; move them into the model"
+            f"{'; '.join(describe(n) for n in late)}; for a penalty on weights take DDPNOpt's weight_decay=, "
+            "anything else move into the model"
         )
     mixes = next((n for n in mixing if n not in phi), None)
     sources = _parameter_sources(captured, kind, trainable)
@@ -169,14 +174,13 @@ def _terminal(
     loss: fx.Node | None,
     flow: nx.DiGraph,
     probed: _Probed,
+    known: bool,
 ) -> tuple[list[fx.Node], tuple[fx.Node, ...], fx.Node | None]:
-    """The nodes of phi, the nodes of x_T, and the operator of a known loss."""
+    """The nodes of phi, the nodes of x_T, and the operator of a known loss (looked for with ``known``)."""
     kind = probed.kind
     if loss is None:
         return [], tuple(dict.fromkeys(n for n in marks if kind[n] is Kind.CHAIN)), None
-    if kind[loss] is not Kind.CHAIN:
-        raise StagingError("ddpn_fx.compile: the loss does not depend on a trainable parameter")
-    if loss.target in KNOWN_LOSSES and loss not in users:
+    if known and loss.target in KNOWN_LOSSES and loss not in users:
         source = cast(fx.Node, loss.args[0])
         layout = probed.layouts.get(source)
         others = [a for a in loss.all_input_nodes if kind[a] is not Kind.CONTEXT]

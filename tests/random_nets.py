@@ -3,8 +3,8 @@
 An atom is one operator on named slots, with at most a few parameters. The module runs the atoms in order (layers as
 `nn.Linear` and `nn.LayerNorm` modules, bare parameters otherwise). The stager knows the atoms alone, and follows the
 documented cut rule (DESIGN 3.1): between two parametrised atoms cut where the fewest elements are live, as late as
-possible; the scale and shift of one norm are one group. So the oracle's chain is made without the compiler, and its
-states are the compiler's own, which matters to a nonlinear rollout.
+possible; the scale and shift of one norm are one group; what leads to no further parametrised atom comes last. So the
+oracle's chain is made without the compiler, and its states are the compiler's, which matters to a nonlinear rollout.
 
 Widths are tiny, since the oracle is dense. Shapes: B batch, P positions (none in a 2-D net), F features.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,10 @@ OPS: dict[str, Callable[[Atom, list[Tensor], list[Tensor]], Tensor]] = {
     "narrow": lambda a, x, p: x[0].narrow(-1, 0, a.number),
     "flip": lambda a, x, p: x[0].flip(-1),
     "detach": lambda a, x, p: x[0].detach(),
+    "positive": lambda a, x, p: x[0] > 0,  # not floating: live, but without a derivative
+    "where": lambda a, x, p: torch.where(x[0], x[1], x[2]),
+    "swiglu": lambda a, x, p: F.glu(x[0]),
+    "largest": lambda a, x, p: x[0].max(-1, keepdim=True).values,
     "pool": lambda a, x, p: x[0].mean(1),
     "attend": lambda a, x, p: F.scaled_dot_product_attention(x[0], x[1], x[2]),
 }
@@ -170,7 +175,7 @@ def reached(atoms: Sequence[Atom]) -> set[str]:
     """The parameters that the last atom's value has a gradient with respect to."""
     slots, parameters = {atoms[-1].out} if atoms else set(), set()
     for a in reversed(atoms):
-        if a.out in slots and a.op != "detach":
+        if a.out in slots and a.op not in ("detach", "positive"):
             slots |= set() if a.op == "token" else set(a.reads)
             parameters |= set(a.parameters)
     return parameters
@@ -195,7 +200,7 @@ def stage_atoms(net: Net) -> Staged:
     for a in atoms:
         if set(a.parameters) & trains or (set(a.reads) & chain and a.op != "token"):
             chain.add(a.out)
-    body = [a for a in atoms if a.out in chain]
+    body = _users_first([a for a in atoms if a.out in chain], trains)
     slots = {name: torch.ones(1, *shape).double() for name, shape in net.inputs}
     parameters = {name: torch.ones(shape).double() for name, shape in net.shapes}
     for a in atoms:
@@ -214,7 +219,7 @@ def stage_atoms(net: Net) -> Staged:
         else:
             groups.append([i])
     ends = []
-    for this, following in zip(groups, groups[1:], strict=False):
+    for this, following in pairwise(groups):
         places = range(this[-1], following[0])
         ends.append(min(places, key=lambda at: (sum(slots[n].numel() for n in live(at)), -at)))
     starts = [0, *(e + 1 for e in ends)]
@@ -228,6 +233,15 @@ def stage_atoms(net: Net) -> Staged:
         staged.tied.append(tuple(p for p in used if p in owned))
         owned += staged.controls[-1]
     return staged
+
+
+def _users_first(body: list[Atom], trains: set[str]) -> list[Atom]:
+    """What leads to no further parametrised atom comes last."""
+    leading: set[str] = set()
+    for a in reversed(body):
+        if a.out in leading or set(a.parameters) & trains:
+            leading |= {a.out, *a.reads}
+    return sorted(body, key=lambda a: a.out not in leading)
 
 
 def oracle_stages(net: Net) -> list[Stage]:
@@ -335,6 +349,7 @@ class _Builder:
         width, positions = shape[-1], shape[0] if len(shape) == 2 else None
         kinds = ["linear"] * 4 + ["activation"] * 4 + ["norm"] * 2 + ["shift", "scale", "minus", "expscale", "product"]
         kinds += ["divide", "matmul", "back", "softmax", "flip", "narrow", "add", "add", "gate", "cat", "detach"]
+        kinds += ["route", "largest", *["swiglu"] * (width % 2 == 0)]
         kinds += ["mix", "token", "attend"] * (positions is not None)
         kind = self.pick(kinds)
         if kind == "activation":
@@ -358,6 +373,15 @@ class _Builder:
                 self.add(kind, [x], [*shape[:-1], self.shapes[weight][1]], [weight])
         elif kind == "mix":
             self.add(kind, [x], shape, [self.bare((positions, positions))])
+        elif kind == "route":  # a mask that may live across the layer
+            mask = self.add("positive", [x], shape)
+            del self.slots[mask]
+            branch = self.linear(x, width) if self.draw(st.booleans()) else self.slot(shape)
+            self.add("where", [mask, branch, x], shape)
+        elif kind == "swiglu":
+            self.add(kind, [x], [*shape[:-1], width // 2])
+        elif kind == "largest":
+            self.add(kind, [x], [*shape[:-1], 1])
         elif kind == "token":
             token = self.add("token", [next(iter(self.slots))], (1, width), [self.bare((1, 1, width))])
             self.add("prepend", [token, x], (positions + 1, width))

@@ -48,8 +48,13 @@ def batch(size=6, seed=1):
 
 
 def compiled(model=None, **options):
-    options = {"loss": F.cross_entropy, "disable": True, **options}
-    return ddpn_fx.compile(mlp() if model is None else model, **options)
+    """A new net each time; a copy of one that is captured already where it is the plain one."""
+    if model is not None or options:
+        return ddpn_fx.compile(model or mlp(), **{"loss": F.cross_entropy, "disable": True, **options})
+    if "plain" not in NETS:
+        NETS["plain"] = ddpn_fx.compile(mlp(), loss=F.cross_entropy, disable=True)
+        NETS["plain"].capture(*batch(), with_target=True)
+    return copy.deepcopy(NETS["plain"])
 
 
 def weights(net):
@@ -66,10 +71,8 @@ def assert_equal(got, want, tolerance=0.0):
 
 
 @pytest.mark.parametrize("model", [mlp, lambda: CNN().double(), lambda: Normed().double()], ids=["mlp", "cnn", "norm"])
-@pytest.mark.parametrize("backend", [None, "eager"])
-def test_open_loop_is_sgd(model, backend):
-    options = {"disable": True} if backend is None else {"disable": False, "backend": backend}
-    net = compiled(model(), **options)
+def test_open_loop_is_sgd(model):
+    net = compiled(model(), disable=False, backend="eager")
     start = copy.deepcopy(net.state_dict())
     for settings in ({}, {"momentum": 0.9}, {"momentum": 0.5, "weight_decay": 0.1}):
         net.load_state_dict(start)
@@ -179,8 +182,7 @@ def test_step_hooks_run_around_a_step():
     assert seen[0][1] != seen[1][1]
 
 
-@pytest.mark.parametrize("backend", [None, "eager"])
-@pytest.mark.parametrize("rank", [1, None])
+@pytest.mark.parametrize(("backend", "rank"), [(None, 1), ("eager", None)])
 def test_a_step_without_noise_leaves_the_random_state(backend, rank):
     options = {"disable": True} if backend is None else {"disable": False, "backend": backend}
     opt = ddpn_fx.DDPNOpt(compiled(**options), rank=rank)
@@ -209,7 +211,7 @@ def test_a_step_with_noise_draws_the_same_whether_it_captures_or_not():
 def test_no_grad_and_inference_mode_change_nothing(options):
     found = []
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        net = compiled()
+        net = compiled() if options else ddpn_fx.compile(mlp(), loss=F.cross_entropy, disable=True)
         opt = ddpn_fx.DDPNOpt(net, lr=0.5, **options)
         for step in range(2):
             with context():
@@ -219,6 +221,29 @@ def test_no_grad_and_inference_mode_change_nothing(options):
         opt.train_step(*batch(seed=2))
         assert not any(p.is_inference() for p in net.parameters())
         assert all(p.requires_grad for p in net.parameters())
+        found.append(weights(net))
+    assert_equal(found[0], found[1])
+    assert_equal(found[0], found[2])
+
+
+def test_a_no_grad_region_holds_under_a_callers_no_grad():
+    class Target(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.fc1(x))
+            with torch.no_grad():
+                scale = h.abs().mean(1, keepdim=True)
+            return self.fc2(h / scale)
+
+    found = []
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        net = compiled(Target().double())
+        with context():
+            ddpn_fx.DDPNOpt(net, feedback=False).train_step(*batch())
         found.append(weights(net))
     assert_equal(found[0], found[1])
     assert_equal(found[0], found[2])
@@ -261,8 +286,10 @@ def test_closed_loop_under_autocast():
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"beta1": 0.9}], ids=str)
 def test_a_batch_that_is_not_finite_changes_nothing(options):
-    net = compiled(Normed().double(), loss=F.cross_entropy)
-    reference = copy.deepcopy(net)
+    if "normed" not in NETS:
+        NETS["normed"] = compiled(Normed().double())
+        NETS["normed"].capture(*batch(), with_target=True)
+    net, reference = copy.deepcopy(NETS["normed"]), copy.deepcopy(NETS["normed"])
     opt = ddpn_fx.DDPNOpt(net, lr=0.1, feedback=False, **options)
     skipless = ddpn_fx.DDPNOpt(reference, lr=0.1, feedback=False, **options)
     for step in range(3):
@@ -283,25 +310,27 @@ def test_a_batch_that_is_not_finite_changes_nothing(options):
     assert_equal(weights(net), weights(reference))
 
 
+MODES = [
+    {},
+    {"rank": None},
+    {"rank": 2},
+    {"terminal": "residual"},
+    {"terminal": "gradient"},
+    {"terminal": "exact"},
+    {"terminal": "sampled"},
+    {"rollout": "nonlinear"},
+    {"coupling": "sample"},
+    {"coupling": 2},
+    {"quu": "preconditioner", "lr": 0.01},
+    {"gain": 0.5, "trust": 1.0},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"rank": None},
-        {"rank": 2},
-        {"terminal": "residual"},
-        {"terminal": "gradient"},
-        {"terminal": "exact"},
-        {"terminal": "sampled"},
-        {"rollout": "nonlinear"},
-        {"coupling": "sample"},
-        {"coupling": 2},
-        {"quu": "preconditioner", "lr": 0.01},
-        {"gain": 0.5, "trust": 1.0},
-    ],
+    ("options", "backend"),
+    [*((m, None) for m in MODES), ({"rank": 2}, "eager"), ({"rollout": "nonlinear", "coupling": "sample"}, "eager")],
     ids=str,
 )
-@pytest.mark.parametrize("backend", [None, "eager"])
 def test_a_nan_batch_is_skipped_in_every_mode(options, backend):
     if backend not in NETS:
         NETS[backend] = compiled(**({} if backend is None else {"disable": False, "backend": backend}))
@@ -328,6 +357,14 @@ def oracle_step(params, x, y, done=0, **settings):
     return oracle.step(CASE.stages(), params, (x,), y, CASE.loss, oracle.Settings(**settings), steps_done=done)
 
 
+def scheduled():
+    if "oracle" not in NETS:
+        NETS["oracle"] = ddpn_fx.compile(CASE.model(), loss=F.cross_entropy, disable=True)
+        (x,), y = CASE.sample(4)
+        NETS["oracle"].capture(x, y, with_target=True)
+    return copy.deepcopy(NETS["oracle"])
+
+
 SCHEDULERS = {
     "StepLR": lambda o: schedules.StepLR(o, 2, gamma=0.5),
     "LambdaLR": lambda o: schedules.LambdaLR(o, lambda k: 1.0 / (k + 1)),
@@ -342,13 +379,9 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "momentum"), [*((k, 0.9) for k in SCHEDULERS), ("StepLR", 0.0), ("OneCycleLR", 0.0)])
 def test_schedulers_change_the_step_and_nothing_else(name, momentum):
-    if "scheduled" not in NETS:
-        NETS["scheduled"] = ddpn_fx.compile(CASE.model(), loss=F.cross_entropy, disable=True)
-    net = NETS["scheduled"]
-    net.load_state_dict(CASE.model().state_dict())
+    net = scheduled()
     opt = ddpn_fx.DDPNOpt(net, lr=0.4, momentum=momentum)
     twin = torch.optim.SGD(mlp().parameters(), lr=0.4, momentum=momentum)
     with warnings.catch_warnings():
@@ -425,7 +458,7 @@ def test_numbers_that_change_are_checked():
 
 
 def test_gain_and_trust_change_between_steps():
-    net = ddpn_fx.compile(CASE.model(), loss=F.cross_entropy, disable=True)
+    net = scheduled()
     params = {n: p.detach().clone() for n, p in net.named_parameters()}
     gain = torch.tensor(0.7, dtype=torch.float64)
     opt = ddpn_fx.DDPNOpt(net, lr=2.0, gain=gain, trust=10.0)
@@ -454,7 +487,7 @@ def test_gain_and_trust_are_checked_when_they_change(name, value):
 
 
 def test_batches_of_other_sizes_take_no_new_capture():
-    net = ddpn_fx.compile(CASE.model(), loss=F.cross_entropy, disable=True)
+    net = scheduled()
     params = {n: p.detach().clone() for n, p in net.named_parameters()}
     opt = ddpn_fx.DDPNOpt(net)
     for step, size in enumerate([4, 4, 3, 1, 7, 4]):
@@ -499,7 +532,7 @@ def test_a_group_that_is_added_later_is_trained():
         x, y = batch(seed=step)
         if step == 2:
             for o, m in ((opt, net), (sgd, reference)):
-                o.add_param_group({"params": m[2].parameters(), "lr": 0.3})
+                o.add_param_group({"params": m[2].parameters(), "lr": 0.3})  # an iterator: read once
         sgd.zero_grad()
         F.cross_entropy(reference(x), y).backward()
         sgd.step()
@@ -677,7 +710,8 @@ def test_copies_and_pickles_continue_identically(options, way):
         twin.train_step(*batch(seed=step))
     assert_equal(weights(net), weights(twin.net))
     assert str(opt.state_dict()["state"]) == str(twin.state_dict()["state"])
-    assert set(twin.net.graphs) == set(net.graphs)
+    if way == "deepcopy":
+        assert len(twin.net._chains) == len(net._chains) == 1
 
 
 def test_net_and_optimizer_copied_together_stay_together():

@@ -29,11 +29,22 @@ from ddpn_fx.passes.rules import base as rules_base
 from ddpn_fx.passes.rules import convolution as rules_convolution
 
 TOLERANCE = 1e-10
-SCALAR = "a 0-d parameter: the columns are (B, R), and `flatten(2)` of them an IndexError"
+POSITIONS = "rows (P, B) of a value that is the same for every sample count as (B, P): the probe cannot tell"
 TUPLE = "an operator with several outputs has no layout, so its use is refused at the first step"
-PRELU = "vmap in vmap of prelu's backward gives (B, B, ...) instead of (B, R, ...): torch's batching rule"
 SIZES = ((4, 1), (5, 3), (1, 3))  # (B, R); groups that do not divide B come with each
 GROUPS = (1, 2, 3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are tiny: on busy cores a second thread costs seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+ANY = ("any",)  # rules of a decomposition, which may change
 
 Build = Callable[[], nn.Module]
 
@@ -68,7 +79,7 @@ class Around(nn.Module):
 
 @dataclass(frozen=True)
 class Layer:
-    """A configuration: the module, one sample's inputs (shapes; an integer n before a shape: indices below n), rules."""
+    """A configuration: the module, one sample's inputs (see `integers`), the rules of its uses, and why it fails."""
 
     name: str
     build: Build
@@ -88,6 +99,7 @@ class Layer:
 
 
 def integers(below: int, *shape: int) -> tuple:
+    """Of an input of indices below a number; any other input is normal, and given by its shape without the batch."""
     return ((below,), *shape)
 
 
@@ -99,6 +111,15 @@ def merged(layer: nn.Module) -> nn.Module:
 def transposed(layer: nn.Module) -> nn.Module:
     """The layer on (P, B, ...) of a (B, P, ...) input."""
     return Around(layer, lambda x: x.transpose(0, 1), lambda h, x: h.transpose(0, 1))
+
+
+def positions_first(layer: nn.Module) -> nn.Module:
+    """The layer on (P B, ...) rows of a (B, P, ...) input: the batch is the faster index."""
+    return Around(
+        layer,
+        lambda x: x.transpose(0, 1).flatten(0, 1),
+        lambda h, x: h.unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1),
+    )
 
 
 def conv(*args, **options) -> Build:
@@ -133,6 +154,19 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class PositionsFirst(nn.Module):
+    """Positional rows of a (P B, F) tensor, whose indices do not depend on the sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos = nn.Embedding(4, 3)
+
+    def forward(self, x):
+        rows = x.transpose(0, 1).flatten(0, 1)
+        ids = torch.arange(x.shape[1])[:, None].expand(x.shape[1], x.shape[0]).flatten()
+        return torch.tanh(rows + self.pos(ids)).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
+
+
 class Twice(nn.Module):
     """One linear layer used twice, then its weight once more through an expression."""
 
@@ -150,7 +184,6 @@ LINEAR = [
     Layer("linear-no-bias", lambda: nn.Linear(3, 4, bias=False), ((3,),), ("linear",)),
     Layer("linear-few-positions", lambda: nn.Linear(7, 6), ((2, 7),), ("linear",)),
     Layer("linear-many-positions", lambda: nn.Linear(2, 2), ((9, 2),), ("linear",)),
-    Layer("linear-two-axes", lambda: nn.Linear(3, 4), ((2, 3, 3),), ("linear",)),
     Layer("linear-transposed", lambda: transposed(nn.Linear(3, 4)), ((2, 3),), ("linear",)),
     Layer(
         "linear-batch-third",
@@ -159,7 +192,12 @@ LINEAR = [
         ("linear",),
     ),
     Layer("linear-merged", lambda: merged(nn.Linear(3, 4)), ((2, 3),), ("linear",)),
-    Layer("linear-merged-output", lambda: Around(nn.Linear(3, 4), lambda x: x.flatten(0, 1), lambda h, x: h), ((2, 3),), ("linear",)),
+    Layer(
+        "linear-merged-output",
+        lambda: Around(nn.Linear(3, 4), lambda x: x.flatten(0, 1), lambda h, x: h),
+        ((2, 3),),
+        ("linear",),
+    ),
     Layer(
         "linear-merged-second",
         lambda: Around(
@@ -170,55 +208,143 @@ LINEAR = [
         ((2, 4, 3),),
         ("linear",),
     ),
-    Layer("linear-frozen-bias", lambda: Apply(lambda m, x: F.linear(x, m.w, m.b), frozen=("b",), w=(4, 3), b=(4,)), ((3,),), ("linear",)),
-    Layer("linear-frozen-weight", lambda: Apply(lambda m, x: F.linear(x, m.w, m.b), frozen=("w",), w=(4, 3), b=(4,)), ((2, 3),), ("generic",)),
+    Layer("linear-position-major", lambda: positions_first(nn.Linear(3, 4)), ((2, 3),), ("linear",)),
+    Layer(
+        "linear-position-major-zeros",
+        lambda: Around(
+            nn.Linear(3, 4),
+            lambda x: x.mul(0).transpose(0, 1).flatten(0, 1),
+            lambda h, x: h.unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1),
+        ),
+        ((2, 3),),
+        ("linear",),
+        xfail=POSITIONS,
+    ),
+    Layer(
+        "linear-position-major-second",
+        lambda: Around(
+            nn.Linear(3, 4),
+            lambda x: x.permute(2, 1, 0, 3).flatten(1, 2),
+            lambda h, x: h.unflatten(1, (x.shape[1], x.shape[0])).transpose(0, 2),
+        ),
+        ((2, 4, 3),),
+        ("linear",),
+    ),
+    Layer(
+        "linear-between",
+        lambda: Around(
+            nn.Linear(3, 4),
+            lambda x: x.permute(1, 0, 2, 3).flatten(0, 2),
+            lambda h, x: h.unflatten(0, (x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1),
+        ),
+        ((2, 5, 3),),
+        ("linear",),
+    ),
+    Layer(
+        "linear-frozen-bias",
+        lambda: Apply(lambda m, x: F.linear(x, m.w, m.b), frozen=("b",), w=(4, 3), b=(4,)),
+        ((3,),),
+        ("linear",),
+    ),
+    Layer(
+        "linear-frozen-weight",
+        lambda: Apply(lambda m, x: F.linear(x, m.w, m.b), frozen=("w",), w=(4, 3), b=(4,)),
+        ((2, 3),),
+        ("generic",),
+    ),
     Layer("matmul", lambda: Apply(lambda m, x: x @ m.w, w=(3, 4)), ((3,),), ("linear",)),
-    Layer("matmul-positions", lambda: Apply(lambda m, x: x @ m.w, w=(3, 4)), ((2, 3),), ("linear",)),
-    Layer("matmul-transposed-weight", lambda: Apply(lambda m, x: x @ m.w.T, w=(4, 3)), ((3,),), ("linear",)),
-    Layer("matmul-reshaped-weight", lambda: Apply(lambda m, x: x @ m.w.view(3, 4), w=(2, 6)), ((3,),), ("generic",)),
-    Layer("mm", lambda: Apply(lambda m, x: torch.mm(x, m.w), w=(3, 4)), ((3,),), ("linear",)),
+    Layer("matmul-reshaped-weight", lambda: Apply(lambda m, x: x @ m.w.view(3, 4), w=(2, 6)), ((3,),), ("linear",)),
     Layer("addmm", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(4,)), ((3,),), ("linear",)),
-    Layer("addmm-frozen-bias", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), frozen=("b",), w=(3, 4), b=(4,)), ((3,),), ("linear",)),
-    Layer("addmm-row-bias", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(1, 4)), ((3,),), ("linear",), xfail="a bias of shape (1, n) is taken for (n,): contract and inner have the wrong shape"),
-    Layer("addmm-scalar-bias", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(1,)), ((3,),), ("linear",), xfail="a bias of one element is taken for (n,): contract has the wrong shape"),
-    Layer("addmm-state-bias", lambda: Apply(lambda m, x, y: torch.addmm(torch.tanh(y @ m.v), x, m.w), w=(3, 4), v=(2, 4)), ((3,), (2,)), ("linear", "linear")),
-    Layer("addmm-scaled", lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2.0), w=(3, 4), b=(4,)), ((3,),), ("generic",)),
-]  # fmt: skip
+    Layer(
+        "addmm-row-bias",
+        lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(1, 4)),
+        ((3,),),
+        ("linear",),
+        xfail="a bias of shape (1, n) is taken for (n,): contract and inner have the wrong shape",
+    ),
+    Layer(
+        "addmm-scalar-bias",
+        lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(1,)),
+        ((3,),),
+        ("linear",),
+        xfail="a bias of one element is taken for (n,): contract has the wrong shape",
+    ),
+    Layer(
+        "addmm-state-bias",
+        lambda: Apply(lambda m, x, y: torch.addmm(torch.tanh(y @ m.v), x, m.w), w=(3, 4), v=(2, 4)),
+        ((3,), (2,)),
+        ("linear", "linear"),
+    ),
+    Layer(
+        "addmm-scaled",
+        lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2.0), w=(3, 4), b=(4,)),
+        ((3,),),
+        ("generic",),
+    ),
+]
 
 CONVOLUTION = [
     Layer("conv", conv(2, 3, 3), ((2, 6, 6),), ("convolution",)),
-    Layer("conv-no-bias", conv(2, 3, 3, bias=False), ((2, 5, 5),), ("convolution",)),
     Layer("conv-stride", conv(2, 3, 3, stride=2), ((2, 7, 6),), ("convolution",)),
     Layer("conv-padding", conv(2, 3, (3, 2), padding=(2, 1)), ((2, 4, 3),), ("convolution",)),
     Layer("conv-dilation", conv(2, 3, 2, dilation=(2, 3)), ((2, 5, 6),), ("convolution",)),
-    Layer("conv-all", conv(4, 6, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2), ((4, 5, 5),), ("convolution",)),
+    Layer(
+        "conv-all",
+        conv(4, 6, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2),
+        ((4, 5, 5),),
+        ("convolution",),
+    ),
     Layer("conv-depthwise", conv(3, 3, 3, groups=3), ((3, 5, 4),), ("convolution",)),
-    Layer("conv-depthwise-twofold", conv(3, 6, 3, groups=3, padding=1), ((3, 3, 3),), ("convolution",)),
     Layer("conv-1x1", conv(3, 4, 1), ((3, 3, 3),), ("convolution",)),
     Layer("conv-few-positions", conv(6, 8, 3), ((6, 3, 4),), ("convolution",)),
     Layer("conv-one-position", conv(3, 4, 3), ((3, 3, 3),), ("convolution",)),
     Layer("conv-many-positions", conv(1, 2, 2), ((1, 7, 7),), ("convolution",)),
-    Layer("conv-circular", conv(2, 3, 3, padding=1, padding_mode="circular"), ((2, 4, 4),), ("convolution",)),
     Layer("conv-same", conv(2, 3, 3, padding="same"), ((2, 4, 4),), ("generic",)),
-    Layer("conv-merged", lambda: merged(nn.Conv2d(2, 3, 2)), ((3, 2, 3, 3),), ("convolution",), xfail="rows of several positions: the rule asserts one row a sample"),
-    Layer("conv-permuted", lambda: Around(nn.Conv2d(3, 4, 2), lambda x: x.permute(0, 3, 1, 2), lambda h, x: h.permute(0, 2, 3, 1)), ((4, 4, 3),), ("convolution",)),
-    Layer("conv-frozen-weight", lambda: Apply(lambda m, x: F.conv2d(x, m.w, m.b), frozen=("w",), w=(3, 2, 2, 2), b=(3,)), ((2, 3, 3),), ("convolution",)),
-    Layer("conv-weight-expression", lambda: Apply(lambda m, x: F.conv2d(x, m.w * m.s), w=(3, 2, 2, 2), s=(3, 1, 1, 1)), ((2, 3, 3),), ("convolution",)),
-]  # fmt: skip
+    Layer(
+        "conv-merged",
+        lambda: merged(nn.Conv2d(2, 3, 2)),
+        ((3, 2, 3, 3),),
+        ("convolution",),
+        xfail="rows of several positions: the rule asserts one row a sample",
+    ),
+    Layer(
+        "conv-permuted",
+        lambda: Around(nn.Conv2d(3, 4, 2), lambda x: x.permute(0, 3, 1, 2), lambda h, x: h.permute(0, 2, 3, 1)),
+        ((4, 4, 3),),
+        ("convolution",),
+    ),
+    Layer(
+        "conv-frozen-weight",
+        lambda: Apply(lambda m, x: F.conv2d(x, m.w, m.b), frozen=("w",), w=(3, 2, 2, 2), b=(3,)),
+        ((2, 3, 3),),
+        ("convolution",),
+    ),
+    Layer(
+        "conv-weight-expression",
+        lambda: Apply(lambda m, x: F.conv2d(x, m.w * m.s), w=(3, 2, 2, 2), s=(3, 1, 1, 1)),
+        ((2, 3, 3),),
+        ("convolution",),
+    ),
+]
 
 EMBEDDING = [
     Layer("embedding", lambda: nn.Embedding(5, 3), (integers(5, 2),), ("embedding",)),
-    Layer("embedding-one-index", lambda: nn.Embedding(5, 3), (integers(5),), ("embedding",)),
     Layer("embedding-repeated", lambda: nn.Embedding(3, 2), (integers(3, 9),), ("embedding",)),
     Layer("embedding-large-table", lambda: nn.Embedding(200, 2), (integers(200, 3),), ("embedding",)),
-    Layer("embedding-two-axes", lambda: nn.Embedding(5, 3), (integers(5, 2, 3),), ("embedding",)),
     Layer("embedding-padding", lambda: nn.Embedding(4, 3, padding_idx=1), (integers(4, 5),), ("embedding",)),
     Layer("embedding-padding-last", lambda: nn.Embedding(4, 3, padding_idx=-1), (integers(4, 5),), ("embedding",)),
     Layer("embedding-transposed", lambda: transposed(nn.Embedding(5, 3)), (integers(5, 2),), ("embedding",)),
+    Layer("embedding-position-major", lambda: positions_first(nn.Embedding(5, 3)), (integers(5, 2),), ("embedding",)),
+    Layer("embedding-of-positions", PositionsFirst, ((2, 3),), ("embedding",), xfail=POSITIONS),
     Layer("embedding-merged", lambda: merged(nn.Embedding(5, 3)), (integers(5, 2),), ("embedding",)),
-    Layer("embedding-transformed", lambda: Apply(lambda m, i: F.embedding(i, m.w * 2), w=(5, 3)), (integers(5, 2),), ("embedding",)),
+    Layer(
+        "embedding-transformed",
+        lambda: Apply(lambda m, i: F.embedding(i, m.w * 2), w=(5, 3)),
+        (integers(5, 2),),
+        ("embedding",),
+    ),
     Layer("embedding-tied", tied, (integers(5, 3),), ("embedding", "linear")),
-]  # fmt: skip
+]
 
 
 def affine(op: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], before=lambda x: x, after=lambda h, x: h):
@@ -235,27 +361,20 @@ def five(shape: tuple[int, ...]) -> Build:
 
 AFFINE = [
     *(
-        Layer(f"five-{'x'.join(map(str, shape)) or 'scalar'}", five(shape), (sample,), ("affine",) * 5, xfail)
-        for shape, sample, xfail in (
-            ((), (3,), SCALAR),
-            ((3,), (2, 3), ""),
-            ((2, 1), (2, 3), ""),
-            ((1, 1, 3), (2, 3), ""),
+        Layer(f"five-{'x'.join(map(str, shape)) or 'scalar'}", five(shape), (sample,), ("affine",) * 5)
+        for shape, sample in (
+            ((), (3,)),
+            ((3,), (2, 3)),
+            ((2, 1), (2, 3)),
+            ((1, 1, 3), (2, 3)),
         )
     ),
     Layer("add-full", affine(torch.add, (2, 3)), ((2, 3),), ("affine",)),
     Layer("mul-one", affine(torch.mul, (1,)), ((2, 3),), ("affine",)),
-    Layer("mul-ones", affine(torch.mul, (1, 1, 1)), ((2, 3),), ("affine",)),
     Layer("mul-channels", affine(torch.mul, (3, 1, 1)), ((3, 2, 2),), ("affine",)),
     Layer(
         "mul-transposed",
         affine(torch.mul, (2, 1, 3), lambda x: x.transpose(0, 1), lambda h, x: h.transpose(0, 1)),
-        ((2, 3),),
-        ("affine",),
-    ),
-    Layer(
-        "sub-transposed",
-        affine(torch.sub, (2, 1, 1), lambda x: x.transpose(0, 1), lambda h, x: h.transpose(0, 1)),
         ((2, 3),),
         ("affine",),
     ),
@@ -270,7 +389,6 @@ AFFINE = [
         affine(torch.mul, (), lambda x: x.flatten(0, 1), lambda h, x: h.unflatten(0, x.shape[:2])),
         ((2, 3),),
         ("affine",),
-        xfail=SCALAR,
     ),
     Layer(
         "add-merged-second",
@@ -284,7 +402,6 @@ AFFINE = [
         ("affine",),
     ),
     Layer("mul-broadcast-state", affine(torch.mul, (2, 3)), ((1, 3),), ("affine",)),
-    Layer("add-broadcast-state", affine(torch.add, (4, 2, 1)), ((1, 2, 3),), ("affine",)),
     Layer(
         "mul-lower-rank-state",
         affine(torch.mul, (2, 1, 1), after=lambda h, x: h.transpose(0, 1)),
@@ -293,16 +410,13 @@ AFFINE = [
     ),
     Layer("add-alpha", affine(lambda x, p: torch.add(x, p, alpha=0.5), (3,)), ((3,),), ("generic",)),
     Layer("layer-norm", lambda: nn.LayerNorm(3), ((2, 3),), ("affine", "affine")),
-    Layer("layer-norm-two-axes", lambda: nn.LayerNorm((2, 3)), ((2, 3),), ("affine", "affine")),
     Layer("layer-norm-no-bias", lambda: nn.LayerNorm(3, bias=False), ((2, 3),), ("affine",)),
-    Layer("group-norm", lambda: nn.GroupNorm(2, 4), ((4, 3),), ("affine", "affine")),
     Layer("group-norm-2d", lambda: nn.GroupNorm(2, 4), ((4, 2, 3),), ("affine", "affine")),
     Layer("rms-norm", lambda: nn.RMSNorm(3), ((2, 3),), ("affine",)),
     Layer(
         "scale-and-shift", lambda: Apply(lambda m, x: x * m.a + m.b, a=(3,), b=(2, 1)), ((2, 3),), ("affine", "affine")
     ),
     Layer("exp-scale", lambda: Apply(lambda m, x: x * m.p.exp(), p=(3,)), ((2, 3),), ("affine",)),
-    Layer("scale-of-two", lambda: Apply(lambda m, x: x * (m.a * m.b), a=(3,), b=(2, 1)), ((2, 3),), ("affine",)),
 ]
 
 EXPAND = [
@@ -327,6 +441,20 @@ EXPAND = [
     ),
     Layer("token-expand-as", lambda: Apply(lambda m, x: m.p.expand_as(x) * x, p=(3,)), ((2, 3),), ("expand",)),
     Layer(
+        "token-position-major",
+        lambda: Apply(
+            lambda m, x: (
+                (x.transpose(0, 1).flatten(0, 1) * m.p.expand(x.shape[1] * x.shape[0], 3))
+                .unflatten(0, (x.shape[1], x.shape[0]))
+                .transpose(0, 1)
+            ),
+            p=(1, 3),
+        ),
+        ((2, 3),),
+        ("expand",),
+        xfail=POSITIONS,
+    ),
+    Layer(
         "token-merged",
         lambda: Apply(lambda m, x: m.p.expand(x.shape[0] * 2, 3).unflatten(0, (x.shape[0], 2)) * x, p=(1, 3)),
         ((2, 3),),
@@ -339,45 +467,81 @@ GENERIC = [
     Layer("conv3d", lambda: nn.Conv3d(1, 2, 2), ((1, 3, 3, 3),), ("generic",)),
     Layer("conv-transpose2d", lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), ((2, 3, 3),), ("generic",)),
     Layer("bilinear", lambda: nn.Bilinear(3, 2, 4), ((3,), (2,)), ("generic",)),
-    Layer("prelu", nn.PReLU, ((2, 3),), ("generic",), xfail=PRELU),
-    Layer("prelu-channels", lambda: nn.PReLU(2), ((2, 3),), ("generic",), xfail=PRELU),
+    Layer("prelu", nn.PReLU, ((2, 3),), ANY),
+    Layer("prelu-channels", lambda: nn.PReLU(2), ((2, 3),), ANY),
     Layer("einsum", lambda: Apply(lambda m, x: torch.einsum("bpi,io->bpo", x, m.w), w=(3, 4)), ((2, 3),), ("generic",)),
-    Layer("einsum-heads", lambda: Apply(lambda m, x: torch.einsum("bpi,hio->bhpo", x, m.w), w=(2, 3, 4)), ((2, 3),), ("generic",)),
+    Layer(
+        "einsum-heads",
+        lambda: Apply(lambda m, x: torch.einsum("bpi,hio->bhpo", x, m.w), w=(2, 3, 4)),
+        ((2, 3),),
+        ("generic",),
+    ),
     Layer("matmul-3d-weight", lambda: Apply(lambda m, x: x @ m.w, w=(2, 3, 4)), ((2, 5, 3),), ("generic",)),
     Layer("matmul-left-weight", lambda: Apply(lambda m, x: m.w @ x, w=(4, 2)), ((2, 3),), ("generic",)),
     Layer("matmul-vector", lambda: Apply(lambda m, x: x @ m.w, w=(3,)), ((2, 3),), ("generic",)),
-    Layer("bmm-expanded", lambda: Apply(lambda m, x: torch.bmm(x, m.w.expand(x.shape[0], 3, 4)), w=(1, 3, 4)), ((2, 3),), ("expand",)),
+    Layer(
+        "bmm-expanded",
+        lambda: Apply(lambda m, x: torch.bmm(x, m.w.expand(x.shape[0], 3, 4)), w=(1, 3, 4)),
+        ((2, 3),),
+        ("expand",),
+    ),
     Layer("div", lambda: Apply(lambda m, x: x / m.p, p=(3,)), ((2, 3),), ("generic",)),
     Layer("rdiv", lambda: Apply(lambda m, x: m.p / x, p=(2, 1)), ((2, 3),), ("generic",)),
     Layer("power", lambda: Apply(lambda m, x: (x**2 + 1) ** m.p, p=(3,)), ((2, 3),), ("generic",)),
     Layer("where", lambda: Apply(lambda m, x: torch.where(x > 0, x, m.p), p=(3,)), ((2, 3),), ("generic",)),
-    Layer("maximum", lambda: Apply(lambda m, x: torch.maximum(x, m.p), p=(3,)), ((2, 3),), ("generic",)),
-    Layer("lerp", lambda: Apply(lambda m, x: torch.lerp(x, x.flip(1), m.p), p=(3,)), ((2, 3),), ("generic",)),
     Layer("addcmul", lambda: Apply(lambda m, x: torch.addcmul(m.a, x, m.b), a=(3,), b=(3,)), ((2, 3),), ("generic",)),
     Layer("softmax-mix", lambda: Apply(lambda m, x: (x * m.p.softmax(0)).sum(-1), p=(3,)), ((2, 3),), ("affine",)),
     Layer("weight-norm", weight_normed, ((3,),), ("linear",)),
-    Layer("low-rank", lambda: Apply(lambda m, x: F.linear(x, m.w + m.a @ m.b), frozen=("w",), w=(4, 3), a=(4, 2), b=(2, 3)), ((2, 3),), ("linear",)),
-    Layer("normalised-weight", lambda: Apply(lambda m, x: F.linear(x, F.normalize(m.w)), w=(4, 3)), ((3,),), ("linear",)),
-    Layer("detached-scale", lambda: Apply(lambda m, x: F.linear(x, m.w / m.w.detach().norm()), w=(4, 3)), ((3,),), ("linear",)),
+    Layer(
+        "low-rank",
+        lambda: Apply(lambda m, x: F.linear(x, m.w + m.a @ m.b), frozen=("w",), w=(4, 3), a=(4, 2), b=(2, 3)),
+        ((2, 3),),
+        ("linear",),
+    ),
+    Layer(
+        "normalised-weight", lambda: Apply(lambda m, x: F.linear(x, F.normalize(m.w)), w=(4, 3)), ((3,),), ("linear",)
+    ),
+    Layer(
+        "detached-scale",
+        lambda: Apply(lambda m, x: F.linear(x, m.w / m.w.detach().norm()), w=(4, 3)),
+        ((3,),),
+        ("linear",),
+    ),
     Layer("two-rows", lambda: Apply(lambda m, x: F.linear(x, m.w[:2], m.w[2, :2]), w=(4, 3)), ((3,),), ("linear",)),
-    Layer("cat-of-parameters", lambda: Apply(lambda m, x: F.linear(x, torch.cat([m.a, m.b])), a=(2, 3), b=(1, 3)), ((3,),), ("linear",)),
-    Layer("stack-of-scalars", lambda: Apply(lambda m, x: x * torch.stack([m.a, m.b, m.a]), a=(), b=()), ((2, 3),), ("affine",)),
-    Layer("token-by-repeat", lambda: Apply(lambda m, x: torch.cat([m.p.repeat(x.shape[0], 1, 1), x], 1), p=(1, 1, 3)), ((2, 3),), ("generic",)),
+    Layer(
+        "cat-of-parameters",
+        lambda: Apply(lambda m, x: F.linear(x, torch.cat([m.a, m.b])), a=(2, 3), b=(1, 3)),
+        ((3,),),
+        ("linear",),
+    ),
+    Layer(
+        "stack-of-scalars",
+        lambda: Apply(lambda m, x: x * torch.stack([m.a, m.b, m.a]), a=(), b=()),
+        ((2, 3),),
+        ("affine",),
+    ),
+    Layer(
+        "token-by-repeat",
+        lambda: Apply(lambda m, x: torch.cat([m.p.repeat(x.shape[0], 1, 1), x], 1), p=(1, 1, 3)),
+        ((2, 3),),
+        ("generic",),
+    ),
     Layer("index", lambda: Apply(lambda m, i: m.p[i], p=(5, 3)), (integers(5, 2),), ("generic",)),
     Layer("index-select", lambda: Apply(lambda m, i: m.p.index_select(0, i), p=(5, 3)), (integers(5),), ("generic",)),
-    Layer("gather", lambda: Apply(lambda m, i, x: x * m.p.expand(x.shape[0], 5).gather(1, i), p=(1, 5)), (integers(5, 3), (3,)), ("expand",)),
-    Layer("batch-norm-eval", lambda: nn.BatchNorm1d(3).eval(), ((3,),), ("affine", "affine")),
+    Layer(
+        "gather",
+        lambda: Apply(lambda m, i, x: x * m.p.expand(x.shape[0], 5).gather(1, i), p=(1, 5)),
+        (integers(5, 3), (3,)),
+        ("expand",),
+    ),
     Layer("batch-norm-2d-eval", lambda: nn.BatchNorm2d(3).eval(), ((3, 2, 2),), ("affine", "affine")),
     Layer("instance-norm", lambda: nn.InstanceNorm2d(2, affine=True), ((2, 3, 3),), ("generic",)),
-    Layer("glu", lambda: nn.Sequential(nn.Linear(3, 4), nn.GLU()), ((3,),), ("linear",)),
-    Layer("attention", Attention, ((3, 4),), ("linear", "linear"), xfail="merged rows with the position first count as merged with the batch first: reported as mixing"),
-    Layer("rnn", lambda: Around(nn.RNN(3, 2, batch_first=True), lambda x: x, lambda h, x: h[0]), ((3, 3),), ("generic",), xfail=TUPLE),
-    Layer("gru", lambda: Around(nn.GRU(3, 2, batch_first=True), lambda x: x, lambda h, x: h[0]), ((3, 3),), ("generic",), xfail=TUPLE),
-    Layer("lstm", lambda: Around(nn.LSTM(3, 2, batch_first=True), lambda x: x, lambda h, x: h[0]), ((3, 3),), ("generic",), xfail=TUPLE),
-    Layer("lstm-cell", lambda: Around(nn.LSTMCell(3, 2), lambda x: x, lambda h, x: h[0]), ((3,),), ("generic",), xfail=TUPLE),
+    Layer("attention", Attention, ((3, 4),), ("linear", "linear")),
+    Layer("rnn", lambda: Around(nn.RNN(3, 2, batch_first=True), lambda x: x, lambda h, x: h[0]), ((3, 3),), ANY),
+    Layer("lstm", lambda: Around(nn.LSTM(3, 2, batch_first=True), lambda x: x, lambda h, x: h[0]), ((3, 3),), ANY),
     Layer("embedding-bag", lambda: nn.EmbeddingBag(5, 3), (integers(5, 4),), ("generic",), xfail=TUPLE),
     Layer("twice", Twice, ((3,),), ("linear", "linear", "affine")),
-]  # fmt: skip
+]
 
 LAYERS = [*LINEAR, *CONVOLUTION, *EMBEDDING, *AFFINE, *EXPAND, *GENERIC]
 
@@ -522,11 +686,10 @@ def case(layer: Layer):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")  # torch's, for want of a rule
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")  # see test_passes.py
 @pytest.mark.parametrize("layer", [case(layer) for layer in LAYERS])
 def test_rules_equal_autograd(layer):
     chain, _ = captured(layer)
-    assert tuple(u.rule for s in chain.stages for u in s.uses) == layer.rules
+    assert layer.rules is ANY or tuple(u.rule for s in chain.stages for u in s.uses) == layer.rules
     assert chain.mixing is None
     for batch, columns in SIZES:
         at = linearize(layer, batch, columns)
@@ -627,20 +790,35 @@ def test_blocks_hold_every_column_once(batch, columns, group):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["linear", "linear-few-positions", "linear-many-positions", "conv-few-positions",
-                                  "embedding-repeated", "embedding-large-table", "five-3", "layer-norm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "linear-few-positions",
+        "linear-many-positions",
+        "conv-few-positions",
+        "embedding-repeated",
+        "embedding-large-table",
+        "five-3",
+        "layer-norm",
+    ],
+)
 def test_grams_accumulate_in_float32_or_better(name, dtype):
     """K of rounded inputs and cotangents has the error of float32, or of one product in the model's dtype."""
     (layer,) = [layer for layer in LAYERS if layer.name == name]
     at = linearize(layer, 4, 3)
-    low = {True: lambda t: t.to(dtype), False: lambda t: t}
+
+    def rounded(value, to):
+        """The value in the low dtype, then in another."""
+        return value.to(dtype).to(to) if torch.is_tensor(value) and value.is_floating_point() else value
+
     for use, rule in at.found:
-        rounded = {n: low[torch.is_tensor(v) and v.is_floating_point()](v) for n, v in rule.values.items()}
-        made = [
-            type(rule)(rule.node, {n: (v.to(d) if torch.is_tensor(v) and v.is_floating_point() else v) for n, v in rounded.items()},
-                       rule.cotangent.to(dtype).to(d), rule.arguments, rule.layouts, rule.batch)
-            for d in (dtype, torch.float64)
-        ]  # fmt: skip
+        made = []
+        for to in (dtype, torch.float64):
+            values = {n: rounded(v, to) for n, v in rule.values.items()}
+            made.append(
+                type(rule)(rule.node, values, rounded(rule.cotangent, to), rule.arguments, rule.layouts, rule.batch)
+            )
         for argument in use.arguments:
             have, want = (r.gram(argument, Blocks(4, 3, 4)) for r in made)
             assert have.dtype == torch.float32

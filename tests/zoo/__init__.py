@@ -6,7 +6,7 @@ Where `transformers` or `timm` is not installed, their families are absent.
 import importlib
 import importlib.util
 
-from tests.zoo import generative, odd, sequence, tabular, transformers, vision  # noqa: F401
+from tests.zoo import generative, odd, refusals, sequence, tabular, transformers, vision  # noqa: F401
 from tests.zoo.family import FAMILIES, REFUSALS, Family, Refusal
 
 if importlib.util.find_spec("transformers"):

@@ -188,10 +188,11 @@ def sample_gradients(
         rows, phis = [], []
         B = next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)).shape[0]
         for i in range(B):
-            one = pytree.tree_map(
-                lambda t: t[i : i + 1] if isinstance(t, Tensor) and t.shape[:1] == (B,) else t, inputs
-            )
-            phi = objective(one, None)
+
+            def alone(t: Any, i: int = i) -> Any:
+                return t[i : i + 1] if isinstance(t, Tensor) and t.shape[:1] == (B,) else t
+
+            phi = objective(pytree.tree_map(alone, inputs), None)
             rows.append(grad(phi))
             phis.append(phi.detach())
         phi = torch.stack(phis)

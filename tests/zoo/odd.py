@@ -1,4 +1,4 @@
-"""Patterns inside models: containers, freezing, sharing, in-place work, quantisation, odd parameters; and refusals."""
+"""Patterns inside models: containers, freezing, sharing, in-place work, quantisation, odd parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.family import CE, MSE, family, positions, refusal, regression, vectors
+from tests.zoo.family import CE, MSE, family, positions, regression, vectors
 
 
 @family(
@@ -213,7 +213,7 @@ class Prompt(nn.Module):
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.prompt.expand(len(x), 2, 6), x], 1)
+        x = torch.cat([self.prompt.expand(x.shape[0], 2, 6), x], 1)
         return self.head(self.body(x)[:, 0])
 
 
@@ -363,45 +363,3 @@ class Complex(nn.Module):
 @family("model in eval mode with dropout", vectors(5), CE, train=False)
 def in_eval() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
-
-
-@refusal("data-dependent Python branch", vectors(5), CE, Exception, "odd.py")
-class DataBranch(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.out = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        return self.out(F.relu(h) if h.sum() > 0 else h)
-
-
-@refusal("attention across the batch", vectors(5), CE, Exception, "mixes the samples")
-class AcrossBatch(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.out = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        return self.out((h @ h.T).softmax(-1) @ h)
-
-
-def in_batch_contrast(output: Tensor, target: Tensor) -> Tensor:
-    z = F.normalize(output)
-    return F.cross_entropy(z @ z.T / 0.5, torch.arange(z.shape[0]).roll(1))
-
-
-@refusal(
-    "in-batch contrastive loss", vectors(5), in_batch_contrast, Exception, "mixes the samples", terminal="residual"
-)
-def contrastive() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
-
-
-@refusal("a loss that is not known, without curvature", regression(3), F.huber_loss, Exception, "curvature=")
-def unknown_loss() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -48,7 +48,8 @@ def run(name: str) -> dict:
         row["rules"] = sorted({f"{op.split('.')[0]}: {rule}" for r in chain.rows() for op, rule in r["ops"]})
         row["capture"] = sum(getattr(r, "seconds", 0.0) for r in chain.records)
     except Exception as error:
-        row["failed"].setdefault("capture", f"{type(error).__name__}: {error}")
+        if not row["failed"]:
+            row["failed"]["chain"] = f"{type(error).__name__}: {error}"
     return row
 
 
@@ -127,10 +128,11 @@ def main() -> None:
             rows.append(row)
             capture = f", capture and passes {row['capture']:.1f} s" if "capture" in row else ""
             print(f"{'FAIL' if row['failed'] else 'ok  '} {row['name']} ({row['seconds']:.1f} s{capture})", flush=True)
-            for check, error in row["failed"].items():
-                print(f"     {check}: {' / '.join(error.strip().splitlines()[:3])[:500]}", flush=True)
+            for error in dict.fromkeys(row["failed"].values()):
+                checks = [c for c, e in row["failed"].items() if e == error]
+                print(f"     {', '.join(checks)}: {' / '.join(error.strip().splitlines()[:3])[:500]}", flush=True)
                 if "-v" in sys.argv:
-                    print(row["trace"].get(check, ""), flush=True)
+                    print(row["trace"].get(checks[0], ""), flush=True)
         refusals = [] if wanted else list(pool.map(refused, REFUSALS))
     print(f"{sum(not r['failed'] for r in rows)} of {len(rows)} families pass every check")
     if not wanted:

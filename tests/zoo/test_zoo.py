@@ -23,7 +23,7 @@ def cases():
                 yield pytest.param(name, check, id=f"{name}-{check}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "check"), cases())
+@pytest.mark.parametrize(("name", "check"), list(cases()))
 def test_family(name, check):
     CHECKS[check](bench(name))
 

@@ -61,8 +61,8 @@ def timm_resnet() -> nn.Module:
 @family("timm: ResNet-D, squeeze-excite", images(16), CE, mixes="statistics", slow=True)
 def timm_resnetd() -> nn.Module:
     return resnet.ResNet(
-        resnet.Bottleneck, (1, 1, 1, 1), num_classes=3, channels=(2, 2, 2, 2), stem_width=4, stem_type="deep", avg_down=True,
-        block_args={"attn_layer": "se"},
+        resnet.Bottleneck, (1, 1, 1, 1), num_classes=3, channels=(2, 2, 2, 2), stem_width=4, stem_type="deep",
+        avg_down=True, block_args={"attn_layer": "se"},
     )  # fmt: skip
 
 

@@ -73,9 +73,8 @@ class PreActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        for n1, c1, n2, c2 in zip(
-            *[iter(m) for m in (self.norms[::2], self.convs[::2], self.norms[1::2], self.convs[1::2])]
-        ):
+        for k in (0, 2):
+            n1, c1, n2, c2 = self.norms[k], self.convs[k], self.norms[k + 1], self.convs[k + 1]
             x = x + c2(F.relu(n2(c1(F.relu(n1(x))))))
         return self.fc(x.mean((2, 3)))
 
