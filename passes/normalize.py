@@ -265,9 +265,10 @@ def _matmul(parameter_only: set[fx.Node]) -> Rewrite:
                 graph.call_function(aten.permute.default, (weight, [1, 0])), node, weight.meta["val"].permute(1, 0)
             )
             parameter_only.add(transposed)
-            return _like(
-                graph.call_function(aten.linear.default, (x, transposed, *(() if bias is None else (bias,)))), node
-            )
+            fits = bias is None or tuple(bias.meta["val"].shape) == (weight.meta["val"].shape[1],)
+            arguments = (x, transposed, bias) if bias is not None and fits else (x, transposed)
+            out = _like(graph.call_function(aten.linear.default, arguments), node)
+            return out if fits else _like(graph.call_function(aten.add.Tensor, (out, bias)), node)
 
     return rewrite
 

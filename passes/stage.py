@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import networkx as nx
@@ -21,6 +20,7 @@ from ddpn_fx.passes import classify
 from ddpn_fx.passes.capture import Captured
 from ddpn_fx.passes.errors import StagingError
 from ddpn_fx.passes.ir import Chain, Kind, Layout, ParamUse, Stage
+from ddpn_fx.passes.probe import Probe, probe
 from ddpn_fx.passes.provenance import describe
 from ddpn_fx.passes.rules import rule_for
 
@@ -67,8 +67,8 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     graph = captured.module.graph
     trainable = {n for n, p in params.items() if p.requires_grad}
     kind = classify.kinds(captured, trainable)
-    sizes, layouts, mixing = classify.probe(captured, params, buffers, kind)
-    probed = _Probed(kind, sizes, layouts)
+    probed = probe(captured, params, buffers, kind)
+    sizes, layouts, mixing = probed.sizes, probed.layouts, probed.mixing
     outputs = cast(Sequence[fx.Node], next(n for n in graph.nodes if n.op == "output").args[0])
     loss = outputs[captured.loss_index] if captured.loss_index is not None else None
     marks = [outputs[i] for i in captured.output_indices]
@@ -76,7 +76,7 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     ends = {loss} if loss is not None else set(marks)
     needed = ends.union(*(nx.ancestors(flow, n) for n in ends))
     order = [n for n in graph.nodes if n in needed and kind.get(n) in _WALKED]
-    users = [n for n in order if any(kind[a] is Kind.PARAMETER for a in n.all_input_nodes)]
+    users = [n for n in order if any(kind[a] is Kind.PARAMETER and classify.has_gradient(a) for a in n.all_input_nodes)]
     # What leads to no further parametrised operator comes last: a loss term inside the model belongs to phi.
     leading = set(users).union(*(nx.ancestors(flow, n) for n in users))
     order = [n for n in order if n in leading] + [n for n in order if n not in leading]
@@ -125,6 +125,13 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
         item.tied = tuple(p for p in names if p in owned)
         owned.extend(item.controls)
     chain.parameter_names = tuple(owned)
+    lost = [n for s in chain.stages for u in s.uses for n in (u.node, *u.node.all_input_nodes) if n in probed.unknown]
+    if lost:
+        raise StagingError(
+            "ddpn_fx.compile: the batch shares a dimension with others, in an order that does not show since no sample "
+            f"changes the value: {'; '.join(dict.fromkeys(describe(n) for n in lost))}; "
+            "keep the batch as dimension 0 there"
+        )
     return chain
 
 
@@ -157,7 +164,7 @@ def _use(
     sources: dict[fx.Node, tuple[str, ...]],
     sizes: dict[fx.Node, tuple[int, ...]],
 ) -> ParamUse:
-    arguments = tuple(a for a in node.all_input_nodes if kind.get(a) is Kind.PARAMETER)
+    arguments = tuple(a for a in node.all_input_nodes if kind.get(a) is Kind.PARAMETER and classify.has_gradient(a))
     return ParamUse(
         node=node,
         arguments=arguments,
@@ -173,7 +180,7 @@ def _terminal(
     marks: list[fx.Node],
     loss: fx.Node | None,
     flow: nx.DiGraph,
-    probed: _Probed,
+    probed: Probe,
     known: bool,
 ) -> tuple[list[fx.Node], tuple[fx.Node, ...], fx.Node | None]:
     """The nodes of phi, the nodes of x_T, and the operator of a known loss (looked for with ``known``)."""
@@ -199,15 +206,6 @@ def _terminal(
     return phi, tuple(terminal), None
 
 
-@dataclass(frozen=True)
-class _Probed:
-    """What is known of every node: kind, shape at the traced batch size, layout."""
-
-    kind: dict[fx.Node, Kind]
-    sizes: dict[fx.Node, tuple[int, ...]]
-    layouts: dict[fx.Node, Layout]
-
-
 class _Line:
     """Nodes in order, with what is live after each of them.
 
@@ -217,7 +215,7 @@ class _Line:
         probed: kinds, shapes at the traced batch size, and layouts.
     """
 
-    def __init__(self, order: Sequence[fx.Node], keep: Iterable[fx.Node], probed: _Probed) -> None:
+    def __init__(self, order: Sequence[fx.Node], keep: Iterable[fx.Node], probed: Probe) -> None:
         self.order, self.probed = order, probed
         self.position = {n: i for i, n in enumerate(order)}
         self.last_use = {n: max((self.position.get(u, -1) for u in n.users), default=-1) for n in order}

@@ -14,6 +14,7 @@ The invariants of a chain:
 
 from __future__ import annotations
 
+from ddpn_fx.passes.classify import has_gradient
 from ddpn_fx.passes.errors import StagingError
 from ddpn_fx.passes.ir import Chain, Kind, Layout
 from ddpn_fx.passes.provenance import describe
@@ -78,7 +79,7 @@ def uncovered(chain: Chain) -> list[str]:
         for node in chain.graph.nodes
         if chain.kinds.get(node) in (Kind.CHAIN, Kind.STATISTIC) and node not in dead
         for a in node.all_input_nodes
-        if chain.kinds.get(a) is Kind.PARAMETER and (node, a) not in covered
+        if chain.kinds.get(a) is Kind.PARAMETER and has_gradient(a) and (node, a) not in covered
     ]
 
 

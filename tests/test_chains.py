@@ -280,11 +280,6 @@ def _positional_stages() -> list[Stage]:
     ]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=StagingError,
-    reason="a table looked up by an input without batch dimension counts as a batch statistic, which no rule serves",
-)
 def test_inputs_without_a_batch_dimension_do_not_make_statistics():
     case = Case("positional", Positional, _positional_stages, CROSS_ENTROPY, _draw_positional)
     net = ddpn_fx.compile(case.model(), loss=F.cross_entropy, disable=True)
@@ -314,11 +309,6 @@ def _masked_stages() -> list[Stage]:
     return [Stage(("weight",), first), Stage(("head.weight", "head.bias"), lambda p, s: (linear(p, "head", s[0]),))]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=StagingError,
-    reason="a comparison of parameters is no parameter-only node, so the masked weight is a chain node without a batch",
-)
 def test_a_mask_made_from_a_parameter_is_part_of_the_parameter_expression():
     model = Masked().double()
     x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(3, (4,))
@@ -344,13 +334,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     "size",
     [
-        pytest.param(
-            1,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="the probe of a batch of equal token sequences changes nothing, so rows (P, B) count as (B, P)",
-            ),
-        ),
+        1,
         2,
     ],
 )
@@ -369,10 +353,6 @@ def test_the_batch_of_the_capture_does_not_matter(size):
         harness.close(results[1][name], value, 1e-10, name)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="where weights are zero the probe changes nothing either, so rows (P, B) count as (B, P) for good",
-)
 def test_the_weights_of_the_capture_do_not_matter():
     model = Tokens().double()
     tokens, target = torch.tensor([[0, 1, 2], [3, 4, 0], [2, 2, 1], [4, 0, 3]]), torch.tensor([0, 1, 2, 0])
@@ -401,7 +381,6 @@ class LaterSamples(nn.Module):
         return self.b(later @ torch.tanh(self.a(x)))
 
 
-@pytest.mark.xfail(strict=True, reason="the probe changes the first sample alone")
 def test_samples_that_read_later_samples_are_refused():
     model = LaterSamples().double()
     x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(3, (4,))

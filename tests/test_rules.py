@@ -259,15 +259,13 @@ LINEAR = [
         "addmm-row-bias",
         lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(1, 4)),
         ((3,),),
-        ("linear",),
-        xfail="a bias of shape (1, n) is taken for (n,): contract and inner have the wrong shape",
+        ("linear", "affine"),
     ),
     Layer(
         "addmm-scalar-bias",
         lambda: Apply(lambda m, x: torch.addmm(m.b, x, m.w), w=(3, 4), b=(1,)),
         ((3,),),
-        ("linear",),
-        xfail="a bias of one element is taken for (n,): contract has the wrong shape",
+        ("linear", "affine"),
     ),
     Layer(
         "addmm-state-bias",
@@ -305,7 +303,6 @@ CONVOLUTION = [
         lambda: merged(nn.Conv2d(2, 3, 2)),
         ((3, 2, 3, 3),),
         ("convolution",),
-        xfail="rows of several positions: the rule asserts one row a sample",
     ),
     Layer(
         "conv-permuted",
@@ -459,6 +456,7 @@ EXPAND = [
         lambda: Apply(lambda m, x: m.p.expand(x.shape[0] * 2, 3).unflatten(0, (x.shape[0], 2)) * x, p=(1, 3)),
         ((2, 3),),
         ("expand",),
+        xfail="refused: the rows' order does not show in a value that no sample changes, and its user regroups them",
     ),
 ]
 
@@ -761,7 +759,7 @@ def test_cost_model_of_the_embedding_reaches_both_branches(monkeypatch):
         return original(self, argument, blocks)
 
     monkeypatch.setattr(Rule, "gram", spy)
-    layers = [layer for layer in EMBEDDING if layer.rules == ("embedding",)]
+    layers = [layer for layer in EMBEDDING if layer.rules == ("embedding",) and not layer.xfail]
     for layer in layers:
         for use, rule in linearize(layer, 4, 1).fresh():
             rule.gram(use.arguments[0], Blocks(4, 1, 4))

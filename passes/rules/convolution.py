@@ -14,8 +14,18 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, fx
 
+from ddpn_fx.passes.errors import StagingError
 from ddpn_fx.passes.ir import Layout
-from ddpn_fx.passes.rules.base import Blocks, Rule, gram_matrix, prefer_grams, product_gram, spatial_columns
+from ddpn_fx.passes.provenance import describe
+from ddpn_fx.passes.rules.base import (
+    Blocks,
+    Rule,
+    batch_first,
+    gram_matrix,
+    prefer_grams,
+    product_gram,
+    spatial_columns,
+)
 
 aten = torch.ops.aten
 
@@ -51,13 +61,22 @@ class Convolution(Rule):
         columns = spatial_columns(
             self.values[source], kernel, self._option(3, 1), self._option(4, 0), self._option(5, 1)
         )
-        return columns.unflatten(1, (self.groups, -1))
+        rows = batch_first(columns.unflatten(1, (self.groups, -1)), self._rows, self.batch)
+        return rows.movedim(1, -2).flatten(-2)
 
     @cached_property
     def h(self) -> Tensor:
         """(B, R, S, O, L)."""
-        assert self.layouts[self.node] == Layout(0, 1)
-        return self.cotangent.movedim(0, 1).flatten(3).unflatten(2, (self.groups, -1))
+        rows = batch_first(self.cotangent.flatten(3), self._rows, self.batch, at=1).movedim(0, 1)
+        return rows.movedim(2, -2).flatten(-2).unflatten(2, (self.groups, -1))
+
+    @property
+    def _rows(self) -> Layout:
+        """Where the batch lies among the rows; several rows of a sample are more positions."""
+        layout = self.layouts[self.node]
+        if layout.dim != 0:
+            raise StagingError(f"ddpn_fx: the batch is not among the rows of {describe(self.node)}; permute it there")
+        return layout
 
     def _is_weight(self, argument: fx.Node) -> bool:
         return argument is self.node.args[1]

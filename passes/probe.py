@@ -1,0 +1,230 @@
+"""Probe: where the batch lies in every value, and whether samples mix, tested by running the graph.
+
+The symbolic shapes of the dynamic capture say which dimension counts the batch. Whether that
+dimension is batch-major, and that samples do not mix, is *tested*: the example batch is run with its
+first sample changed, and with its last, and only that sample's slice of every value may differ. All
+of it once with the model's weights and once with random ones, since a weight that is zero hides what
+lies behind it. A layout that no run can tell is not guessed: an operator that needs it is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from ddpn_fx.passes.capture import Captured, close, placeholder_values
+from ddpn_fx.passes.classify import batch_symbols, data_flow
+from ddpn_fx.passes.errors import CaptureError
+from ddpn_fx.passes.ir import Kind, Layout
+from ddpn_fx.passes.linearize import attribute
+from ddpn_fx.passes.provenance import describe
+from ddpn_fx.passes.rules.base import batch_first
+
+Values = dict[fx.Node, Any]
+
+
+@dataclass
+class Probe:
+    """What the runs showed.
+
+    Attributes:
+        kind: node -> its kind.
+        sizes: tensor node -> shape at the traced batch size.
+        layouts: node -> where the batch lies.
+        mixing: chain nodes in which a sample's value depends on another sample, in graph order.
+        unknown: nodes whose batch shares a dimension with others in an order that no run could tell.
+    """
+
+    kind: dict[fx.Node, Kind]
+    sizes: dict[fx.Node, Any]
+    layouts: dict[fx.Node, Layout]
+    mixing: list[fx.Node] = field(default_factory=list)
+    unknown: set[fx.Node] = field(default_factory=set)
+
+
+def probe(
+    captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tensor], kind: dict[fx.Node, Kind]
+) -> Probe:
+    """Run the graph on changed samples and read off layouts and mixing.
+
+    Raises:
+        CaptureError: a rewrite of the normal form changed what the graph computes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    devices = sorted({p.device.index or 0 for p in params.values() if p.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        base = evaluate(captured, placeholder_values(captured, params, buffers, captured.example))
+        _check_rewrites(captured, base, kind)
+        runs = _changed_runs(captured, base, params, buffers, kind, generator)
+        random = {n: _randomised(p, generator) for n, p in params.items()}
+        other = evaluate(captured, placeholder_values(captured, random, buffers, captured.example))
+        runs += _changed_runs(captured, other, random, buffers, kind, generator)
+    sizes = {n: tuple(v.shape) for n, v in base.items() if isinstance(v, Tensor)}
+    result = Probe(kind, sizes, _expected(captured, sizes))
+    outputs: Any = next(n for n in captured.module.graph.nodes if n.op == "output").args[0]
+    indices = captured.output_indices if captured.loss_index is None else [captured.loss_index]
+    ends = [outputs[i] for i in indices]
+    judged = set(ends).union(*(nx.ancestors(data_flow(captured.module.graph), n) for n in ends))
+    for node in sizes:
+        is_judged = node in judged and kind[node] is Kind.CHAIN
+        expected = result.layouts.get(node)
+        if not is_judged and expected is None:
+            continue
+        pairs = [(before[node], after[node], sample) for before, after, sample in runs]
+        layout = None if expected is None else _fit(pairs, expected, captured.batch)
+        if layout is not None:
+            result.layouts[node] = layout
+            if expected is not None and expected.inner > 1 and not any(_differ(b, a) for b, a, _ in pairs):
+                result.unknown.add(node)
+        elif is_judged:
+            result.mixing.append(node)
+    _resolve(result)
+    return result
+
+
+def _resolve(result: Probe) -> None:
+    """Give an unknown node the layout of a value that it meets element by element, where that is known."""
+    for node in reversed(list(result.sizes)):
+        if node not in result.unknown:
+            continue
+        for user in node.users:
+            layout = result.layouts.get(user)
+            if user in result.unknown or layout is None or not _keeps_rows(user, layout.dim):
+                continue
+            own, met = result.sizes[node], result.sizes[user]
+            if len(own) == len(met) and own[layout.dim] == met[layout.dim]:
+                result.layouts[node] = layout
+                result.unknown.discard(node)
+                break
+
+
+def _keeps_rows(node: fx.Node, dim: int) -> bool:
+    """Whether an operator combines its inputs row by row along a dimension."""
+    if node.target is torch.ops.aten.cat.default:
+        rank = node.meta["val"].dim()
+        return (node.args[1] if len(node.args) > 1 else 0) not in (dim, dim - rank)
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def evaluate(
+    captured: Captured,
+    values: dict[str, Any],
+    held: Values | None = None,
+    kind: dict[fx.Node, Kind] | None = None,
+) -> Values:
+    """Every node's value; with ``held``, noise and batch statistics take the values given there."""
+    env: Values = {}
+    for node in captured.module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = values[node.name]
+        elif node.op == "get_attr":
+            env[node] = attribute(captured.module, node.target)
+        elif node.op == "call_function":
+            if held is not None and kind is not None and kind[node] in (Kind.NOISE, Kind.STATISTIC):
+                env[node] = held[node]
+            else:
+                env[node] = node.target(
+                    *fx.node.map_arg(node.args, env.__getitem__), **fx.node.map_arg(node.kwargs, env.__getitem__)
+                )
+    return env
+
+
+def _changed_runs(
+    captured: Captured,
+    base: Values,
+    params: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    kind: dict[fx.Node, Kind],
+    generator: torch.Generator,
+) -> list[tuple[Values, Values, int]]:
+    """(base, values with one sample changed, which sample), for the first and the last sample."""
+    runs = []
+    for sample in (0, captured.batch - 1):
+        leaves = [
+            _with_changed_sample(t, sample, generator) if b else t
+            for t, b in zip(captured.example, captured.batched, strict=True)
+        ]
+        runs.append(
+            (base, evaluate(captured, placeholder_values(captured, params, buffers, leaves), base, kind), sample)
+        )
+    return runs
+
+
+def _with_changed_sample(leaf: Tensor, sample: int, generator: torch.Generator) -> Tensor:
+    """One sample changed in every element: floats move, integers and flags take other values of the batch's range."""
+    leaf = leaf.clone()
+    own = leaf[sample]
+    if leaf.is_floating_point() or leaf.is_complex():
+        scale = leaf.abs().mean() + 1e-3
+        leaf[sample] = own + scale * torch.randn(own.shape, generator=generator, dtype=torch.float64).to(leaf)
+        return leaf
+    values = leaf.to(torch.int64)
+    low, count = int(values.min()), int(values.max() - values.min()) + 1
+    if leaf.numel() and count > 1:
+        shift = torch.randint(1, count, own.shape, generator=generator).to(leaf.device)
+        leaf[sample] = (low + (values[sample] - low + shift) % count).to(leaf.dtype)
+    return leaf
+
+
+def _randomised(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return parameter
+    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+    return parameter + (0.1 + parameter.abs().mean()) * noise.to(parameter.dtype)
+
+
+def _expected(captured: Captured, sizes: dict[fx.Node, Any]) -> dict[fx.Node, Layout]:
+    """The dimension that counts the batch, in each tensor node whose shape has it exactly once."""
+    symbols = batch_symbols(captured)
+    found: dict[fx.Node, Layout] = {}
+    for node in captured.module.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or node not in sizes:
+            continue
+        dims = [
+            d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols
+        ]
+        if len(dims) == 1 and sizes[node][dims[0]] % captured.batch == 0:
+            found[node] = Layout(dims[0], sizes[node][dims[0]] // captured.batch)
+    return found
+
+
+def _fit(pairs: list[tuple[Tensor, Tensor, int]], expected: Layout, batch: int) -> Layout | None:
+    """The layout in which only the changed sample's slice differs in every run, or None."""
+    for outer in range(1, expected.inner + 1):
+        if expected.inner % outer == 0:
+            candidate = Layout(expected.dim, expected.inner // outer, outer)
+            if not any(_leaks(before, after, candidate, batch, sample) for before, after, sample in pairs):
+                return candidate
+    return None
+
+
+def _leaks(before: Tensor, after: Tensor, layout: Layout, batch: int, sample: int) -> bool:
+    """Whether samples other than the changed one differ between two runs."""
+    others = [i for i in range(batch) if i != sample]
+    return _differ(*(batch_first(t, layout, batch)[others] for t in (before, after)))
+
+
+def _differ(before: Tensor, after: Tensor) -> bool:
+    if not (before.is_floating_point() or before.is_complex()):
+        return not torch.equal(before, after)
+    eps = torch.finfo(before.dtype).eps
+    finite = before.detach().abs()[before.isfinite()]
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return not torch.allclose(before, after, rtol=1e3 * eps, atol=1e3 * eps * scale, equal_nan=True)
+
+
+def _check_rewrites(captured: Captured, values: Values, kind: dict[fx.Node, Kind]) -> None:
+    """The normal form's outputs against the captured graph's, where nothing is drawn at random."""
+    if Kind.NOISE in kind.values():
+        return
+    outputs: Any = next(n for n in captured.module.graph.nodes if n.op == "output").args[0]
+    for node, want in zip(outputs, captured.reference, strict=True):
+        if want is not None and isinstance(node, fx.Node) and not close(want, values[node]):
+            raise CaptureError(
+                f"ddpn_fx.compile: the normal form computes another value of {describe(node)} than the model"
+            )
