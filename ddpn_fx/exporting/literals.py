@@ -65,12 +65,13 @@ def tensor_source(tensor: torch.Tensor) -> str | None:
         return None
     if tensor.dtype.is_complex or tensor.is_quantized:
         return None
-    items = tensor.tolist()
-    rebuilt = torch.tensor(items, dtype=tensor.dtype)
+    source = _nested_source(tensor.tolist())
+    # The source itself is tried: a NaN may carry bits that `float("nan")` does not.
+    rebuilt = torch.tensor(eval(source), dtype=tensor.dtype)
     if rebuilt.stride() != tensor.stride() or not same(rebuilt, tensor.cpu()):
         return None
     device = "" if tensor.device.type == "cpu" else f', device="{tensor.device}"'
-    return f"torch.tensor({_nested_source(items)}, dtype={tensor.dtype}{device})"
+    return f"torch.tensor({source}, dtype={tensor.dtype}{device})"
 
 
 def callable_source(target: Callable[..., Any]) -> Reference | None:

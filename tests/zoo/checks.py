@@ -296,6 +296,7 @@ def applies(family: Family, check: str) -> bool:
 def close(got: Any, want: Any, tolerance: float, what: str) -> None:
     """Equal to a relative tolerance (absolute near zero)."""
     got, want = torch.as_tensor(got).detach(), torch.as_tensor(want).detach()
+    got, want = got.double(), want.double()  # a loss in float32 comes back in the step's own precision
     if not torch.allclose(got, want, rtol=tolerance, atol=tolerance):
         raise AssertionError(f"{what}: off by {float((got - want).abs().max()):.3g} of {float(want.abs().max()):.3g}")
 

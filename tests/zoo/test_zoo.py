@@ -14,12 +14,30 @@ from tests.zoo.checks import CHECKS, applies, bench
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+STEPS = ("sgd", "gauss-newton", "batches", "traced", "coverage", "noise")
+# What does not work yet: family -> (checks, why). Strict: a family that starts to pass must leave this list.
+KNOWN = {
+    "spiking net, surrogate gradient by autograd.Function": (
+        STEPS,
+        "export drops the custom backward: refused by name",
+    ),
+    "quantisation-aware training, fake quantize": (STEPS, "export has no fake kernel of the operator: refused"),
+    "DLRM": (STEPS, "EmbeddingBag: an operator with several outputs, refused at the first step"),
+    "bag of embeddings (EmbeddingBag, mean)": (STEPS, "EmbeddingBag: refused at the first step"),
+    "LSTM, bidirectional, 2 layers": (("noise",), "dropout between layers: draws in another order than eager, refused"),
+    "ViT, nn.TransformerEncoder": (("noise",), "dropout inside scaled_dot_product_attention: refused"),
+}
+
+
 def cases():
     """A family's checks side by side, so that a worker (`--dist loadgroup`) captures it once."""
     for name, family in FAMILIES.items():
         for check in CHECKS:
             if applies(family, check):
                 marks = [pytest.mark.xdist_group(name)] + ([pytest.mark.slow] if family.slow else [])
+                checks, why = KNOWN.get(name, ((), ""))
+                if check in checks:
+                    marks.append(pytest.mark.xfail(strict=True, reason=why))
                 yield pytest.param(name, check, id=f"{name}-{check}", marks=marks)
 
 
