@@ -9,8 +9,9 @@ lies behind it. A layout that no run can tell is not guessed: an operator that n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import networkx as nx
 import torch
@@ -82,8 +83,22 @@ def probe(
                 result.unknown.add(node)
         elif is_judged:
             result.mixing.append(node)
+    result.unknown -= {n for n in result.unknown if _tiled(captured, n, result.layouts[n].dim)}
     _resolve(result)
     return result
+
+
+def _tiled(captured: Captured, node: fx.Node, dim: int) -> bool:
+    """Whether a value is repeated once for each sample along a dimension: its rows are batch-major by definition."""
+    if node.target is not torch.ops.aten.repeat.default:
+        return False
+    source, counts = cast(fx.Node, node.args[0]), cast(Sequence[Any], node.args[1])
+    count = counts[dim]
+    value = count.meta.get("val") if isinstance(count, fx.Node) else None
+    symbols = batch_symbols(captured)
+    shape = [n.node.expr for n in source.meta["val"].shape if isinstance(n, torch.SymInt)]
+    counts_batch = any(e.free_symbols & symbols for e in shape)
+    return isinstance(value, torch.SymInt) and value.node.expr in symbols and not counts_batch
 
 
 def _resolve(result: Probe) -> None:

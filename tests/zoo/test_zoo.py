@@ -24,7 +24,7 @@ KNOWN = {
     "quantisation-aware training, fake quantize": (STEPS, "export has no fake kernel of the operator: refused"),
     "DLRM": (STEPS, "EmbeddingBag: an operator with several outputs, refused at the first step"),
     "bag of embeddings (EmbeddingBag, mean)": (STEPS, "EmbeddingBag: refused at the first step"),
-    "LSTM, bidirectional, 2 layers": (("noise",), "dropout between layers: draws in another order than eager, refused"),
+    "LSTM, bidirectional, 2 layers": (("noise",), "dropout between layers draws in another order: refused"),
     "ViT, nn.TransformerEncoder": (("noise",), "dropout inside scaled_dot_product_attention: refused"),
 }
 
