@@ -69,7 +69,8 @@ def refused(name: str) -> dict:
 
 
 def cell(text: str) -> str:
-    """Text that cannot end a table's cell."""
+    """Text that cannot end a table's cell, with paths from the repository's root."""
+    text = text.replace(f"{PAGE.parents[1]}/", "")
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
