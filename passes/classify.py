@@ -16,16 +16,19 @@ from ddpn_fx.passes.ir import Kind
 
 aten = torch.ops.aten
 
-# Draw at random, but are differentiated in an input: refused as mixing samples where they meet the chain.
-_DIFFERENTIABLE_DRAWS = (
-    aten.scaled_dot_product_attention.default,
-    aten.dropout.default,
-    aten.native_dropout.default,
-    aten.rrelu.default,
-    aten.rrelu_with_noise_functional.default,
-)
+# Draw at random, with no derivative in any input: noise. A draw that has one (``_standard_gamma``, an operator with
+# dropout inside) must not be here: it stays on the chain, where the probe refuses it, and its gradient is never cut.
+_DRAWS = {
+    overload
+    for name in (
+        "bernoulli cauchy exponential geometric log_normal multinomial normal poisson rand rand_like randint "
+        "randint_like randn randn_like randperm uniform"
+    ).split()
+    for overload in (getattr(getattr(aten, name), o) for o in getattr(aten, name).overloads())
+    if torch.Tag.nondeterministic_seeded in overload.tags and not overload._schema.is_mutable
+}
 # What an allocation holds before it is written (drop path: ``x.new_empty(...).bernoulli_(p)``) is no function of x.
-_UNWRITTEN = (aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format)
+_UNWRITTEN = {aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format}
 
 
 def data_flow(graph: fx.Graph) -> nx.DiGraph:
@@ -54,7 +57,7 @@ def kinds(captured: Captured, trainable: set[str]) -> dict[fx.Node, Kind]:
         if node.op == "placeholder":
             is_control = captured.params.get(node.name) in trainable
             found[node] = Kind.PARAMETER if is_control else Kind.CONTEXT
-        elif _draws(node):
+        elif node.target in _DRAWS | _UNWRITTEN:
             found[node] = Kind.NOISE
         elif node.target is aten.detach.default and not any(found[a] is Kind.CHAIN for a in inputs):
             found[node] = Kind.CONTEXT if all(found[a] is Kind.CONTEXT for a in inputs) else found[inputs[0]]
@@ -70,16 +73,6 @@ def kinds(captured: Captured, trainable: set[str]) -> dict[fx.Node, Kind]:
             found[node] = Kind.CONTEXT
     mark_statistics(captured, found)
     return found
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether an operator draws random numbers that depend on the chain through sizes alone."""
-    target = node.target
-    if target in _UNWRITTEN:
-        return True
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    return target not in _DIFFERENTIABLE_DRAWS
 
 
 def mark_statistics(captured: Captured, found: dict[fx.Node, Kind]) -> None:

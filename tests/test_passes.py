@@ -868,6 +868,32 @@ def test_verify_sees_a_broken_invariant(fault):
     assert message in str(error.value)
 
 
+class Drawn(nn.Module):
+    """A draw with a derivative in its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.b(torch._standard_gamma(F.softplus(self.a(x)) + 0.5))
+
+
+def test_a_draw_with_a_derivative_keeps_it_or_is_refused():
+    model = Drawn().double()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(2, (4,))
+    net = ddpn_fx.compile(model, loss=F.cross_entropy, disable=True)
+    before = model.a.weight.detach().clone()
+    with pytest.raises(StagingError, match="_standard_gamma"):
+        ddpn_fx.DDPNOpt(net).train_step(x, y)
+    assert torch.equal(model.a.weight, before)
+    torch.manual_seed(1)
+    ddpn_fx.DDPNOpt(net, feedback=False, lr=0.1).train_step(x, y)
+    moved = model.a.weight.detach().clone()
+    model.a.weight.data.copy_(before)
+    assert not torch.equal(moved, before)
+
+
 class Long(nn.Module):
     """x lives across two whole stages."""
 
