@@ -18,13 +18,14 @@ aten = torch.ops.aten
 
 # Draw at random, with no derivative in any input: noise. A draw that has one (``_standard_gamma``, an operator with
 # dropout inside) must not be here: it stays on the chain, where the probe refuses it, and its gradient is never cut.
+_DRAW_NAMES = (
+    *("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "normal", "poisson", "uniform"),
+    *("rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm"),
+)
 _DRAWS = {
     overload
-    for name in (
-        "bernoulli cauchy exponential geometric log_normal multinomial normal poisson rand rand_like randint "
-        "randint_like randn randn_like randperm uniform"
-    ).split()
-    for overload in (getattr(getattr(aten, name), o) for o in getattr(aten, name).overloads())
+    for packet in (getattr(aten, name) for name in _DRAW_NAMES)
+    for overload in (getattr(packet, name) for name in packet.overloads())
     if torch.Tag.nondeterministic_seeded in overload.tags and not overload._schema.is_mutable
 }
 # What an allocation holds before it is written (drop path: ``x.new_empty(...).bernoulli_(p)``) is no function of x.

@@ -2,10 +2,10 @@
 
 The invariants of a chain:
 
-1. every chain node before phi lies in exactly one stage, and in graph order;
+1. every chain node before phi lies in exactly one stage, after what it reads;
 2. a stage reads only its own nodes, its state, parameters, context and noise;
-3. states chain: the state a stage reads is the state the stage before it leaves; the first reads data
-   alone; the last leaves x_T;
+3. a state holds every chain value that is live across its cut; the state a stage reads is the state
+   the stage before it leaves; the first reads data alone; the last leaves x_T;
 4. every state tensor has the batch, and nothing else, as dimension 0 (x_T may have several rows a sample);
 5. every use of a trainable parameter by a chain node is one :class:`ParamUse` of its stage, with
    all of its parameter arguments; controls partition the used parameters, in order of first use;
@@ -13,6 +13,8 @@ The invariants of a chain:
 """
 
 from __future__ import annotations
+
+from torch import fx
 
 from ddpn_fx.passes.classify import has_gradient
 from ddpn_fx.passes.errors import StagingError
@@ -28,17 +30,23 @@ def verify(chain: Chain) -> Chain:
     Raises:
         StagingError: listing every violation, each with module path and source line.
     """
+    if not chain.stages:
+        raise StagingError("the chain is not well formed:\n- it has no stages")
     faults: list[str] = []
-    placed: dict[object, int] = {}
+    placed: dict[fx.Node, int] = {}
     made: set[object] = set()
     for stage in chain.stages:
         inside = set(stage.nodes)
+        seen: set[object] = set()
         for node in stage.nodes:
+            seen.add(node)
             if node in placed:
                 faults.append(f"{describe(node)} lies in stages {placed[node]} and {stage.index}")
             placed[node] = stage.index
             for a in node.all_input_nodes:
                 kind = chain.kinds[a]
+                if a in inside and a not in seen:
+                    faults.append(f"stage {stage.index}: {describe(node)} comes before {describe(a)}, which it reads")
                 if kind is Kind.CHAIN and a not in inside and a not in stage.state_in:
                     faults.append(
                         f"stage {stage.index}: {describe(node)} reads {describe(a)}, which is not in its state"
@@ -56,18 +64,51 @@ def verify(chain: Chain) -> Chain:
         faults.append("the first stage reads a state: x_0 is data")
     if chain.stages[-1].state_out != chain.terminal:
         faults.append("the last stage does not leave x_T")
-    faults += uncovered(chain)
+    faults += uncovered(chain) + _states(chain, placed)
+    owned = [p for s in chain.stages for p in s.controls]
+    if len(owned) != len(set(owned)):
+        faults.append("a parameter is the control of two stages")
     phi = set(chain.phi)
     for node in chain.phi:
         for a in node.all_input_nodes:
             if chain.kinds[a] is Kind.CHAIN and a not in phi and a not in chain.terminal:
                 faults.append(f"phi: {describe(node)} reads {describe(a)}, which is not in x_T")
-    owned = [p for s in chain.stages for p in s.controls]
-    if len(owned) != len(set(owned)):
-        faults.append("a parameter is the control of two stages")
+    faults = faults or _controls(chain)  # what follows from a fault above is not listed beside it
     if faults:
         raise StagingError("the chain is not well formed:\n" + "\n".join(f"- {f}" for f in faults))
     return chain
+
+
+def _states(chain: Chain, placed: dict[fx.Node, int]) -> list[str]:
+    """Chain nodes that no stage evaluates, and values that are live across a cut but in no state there."""
+    dead, phi = _dead(chain), set(chain.phi)
+    walked = [n for n, k in chain.kinds.items() if k in (Kind.CHAIN, *HELD) and n not in dead and n not in phi]
+    faults = [f"{describe(n)} lies in no stage" for n in walked if n not in placed and n is not chain.loss]
+    last_use = {n: max((placed[u] for u in n.users if u in placed), default=-1) for n in placed}
+    last_use |= {n: len(chain.stages) for n in chain.terminal}
+    for node in (n for n in walked if chain.kinds[n] is Kind.CHAIN and n in placed):
+        for stage in chain.stages[placed[node] : max(last_use[node], placed[node])]:
+            if node not in stage.state_out:
+                faults.append(f"{describe(node)} is live after stage {stage.index}, but not in the state it leaves")
+    return faults
+
+
+def _controls(chain: Chain) -> list[str]:
+    """Uses that lie in another stage or twice, and controls that are not the parameters of first use."""
+    faults: list[str] = []
+    owned: list[str] = []
+    for stage in chain.stages:
+        nodes = [u.node for u in stage.uses]
+        faults += [f"stage {stage.index}: {describe(n)} is another stage's" for n in nodes if n not in stage.nodes]
+        faults += [f"stage {stage.index}: {describe(n)} is used twice" for n in set(nodes) if nodes.count(n) > 1]
+        used = dict.fromkeys(p for u in stage.uses for names in u.parameters for p in names)
+        expected = tuple(p for p in used if p not in owned)
+        if stage.controls != expected:
+            faults.append(f"stage {stage.index}: its controls are {stage.controls}, its first uses {expected}")
+        owned += expected
+    if chain.parameter_names != tuple(owned):
+        faults.append(f"parameter_names is {chain.parameter_names}, the controls in order are {tuple(owned)}")
+    return faults
 
 
 def uncovered(chain: Chain) -> list[str]:
