@@ -26,6 +26,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from ddpn_fx.passes.custom_function import kept, restore
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.provenance import is_library
 
@@ -200,10 +201,12 @@ def _export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> t
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(objective, batch, strict=False, dynamic_shapes=shapes)
-            detach_no_grad(program.graph_module)
-            table = torch.export.default_decompositions()
-            program = program.run_decompositions({op: table[op] for op in _RECURRENT if op in table})
+            with kept():
+                program = torch.export.export(objective, batch, strict=False, dynamic_shapes=shapes)
+                detach_no_grad(program.graph_module)
+                table = torch.export.default_decompositions()
+                program = program.run_decompositions({op: table[op] for op in _RECURRENT if op in table})
+                restore(program.graph_module)
             make_strides_free(program.graph_module)
             return program
     except CaptureError:

@@ -21,6 +21,7 @@ from ddpn_fx.passes.fuse import fuse, mutates
 from ddpn_fx.passes.log import PassRecord, op_counts, timed
 from ddpn_fx.passes.mode import STATISTICS, Hyper
 from ddpn_fx.passes.program import Program
+from ddpn_fx.passes.provenance import KEYS, origin
 from ddpn_fx.passes.verify import HELD
 
 aten = torch.ops.aten
@@ -201,8 +202,17 @@ def trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModul
     with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=devices):
         module = make_fx(function)(*flat)
         if mutates(module.graph):  # a composite operator that works in place
-            module = make_fx(torch.func.functionalize(function, remove="mutations"))(*flat)
+            functional = torch.func.functionalize(_Relabelled(module).run, remove="mutations")
+            module = make_fx(functional)(*flat)
         return module
+
+
+class _Relabelled(fx.Interpreter):
+    """Runs a traced graph so that a trace of the run keeps its labels."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with origin({k: n.meta[k] for k in KEYS if k in n.meta}):
+            return super().run_node(n)
 
 
 def _write_in_place(module: fx.GraphModule, written: Sequence[tuple[int, int]]) -> None:
