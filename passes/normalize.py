@@ -6,7 +6,8 @@
 - Dropout, also inside attention, becomes a drawn mask and a product (:mod:`.rewrites.noise`).
 - Bags of embeddings, one-hot codes and assignments by a mask take forms that keep the batch a dimension
   (:mod:`.rewrites.lookups`).
-- Where torch's derivative is wrong in one form, another is written (:mod:`.rewrites.workarounds`).
+- Where torch's derivative is wrong in one form, or has no batched one, another is written
+  (:mod:`.rewrites.workarounds`).
 - No-ops and assertions disappear; dead nodes are removed.
 """
 
@@ -23,7 +24,7 @@ from ddpn_fx.passes.rewrites.lookups import embedding_bag, masked_assignment, on
 from ddpn_fx.passes.rewrites.noise import attention, dropout
 from ddpn_fx.passes.rewrites.norms import affine_norm, batch_norm
 from ddpn_fx.passes.rewrites.products import linear_products
-from ddpn_fx.passes.rewrites.workarounds import average_pool, prelu
+from ddpn_fx.passes.rewrites.workarounds import average_pool, fake_quantize, prelu
 
 aten = torch.ops.aten
 
@@ -44,7 +45,8 @@ def normalize(module: fx.GraphModule, parameter_nodes: set[str]) -> fx.GraphModu
     """
     graph = module.graph
     rewrites = (
-        *(average_pool, affine_norm, batch_norm, prelu, one_hot, masked_assignment, embedding_bag, dropout, attention),
+        *(average_pool, affine_norm, batch_norm, prelu, fake_quantize, one_hot, masked_assignment, embedding_bag),
+        *(dropout, attention),
         *(linear_products(_parameter_only(graph, parameter_nodes)), _no_op),
     )
     for node in list(graph.nodes):
