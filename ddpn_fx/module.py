@@ -19,11 +19,13 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from ddpn_fx.passes.capture import Objective, borrowed
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.pipeline import build_chain
+from ddpn_fx.sources import as_module
 
 _PREFIXES = ("_orig_mod.", "module.")
 _OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile")
@@ -33,7 +35,7 @@ _REGISTRIES = frozenset(nn.Module().__dict__)
 
 
 def compile(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     loss: Callable[..., Tensor] | None = None,
     example_inputs: Any = None,
@@ -46,7 +48,8 @@ def compile(
     """Wrap a module so that :class:`~ddpn_fx.DDPNOpt` can train it as an optimal-control problem.
 
     Args:
-        model: any ``nn.Module``; it is wrapped, not copied.
+        model: any ``nn.Module`` (also an ``fx.GraphModule`` or a traced ``ScriptModule``), or a
+            ``torch.export.ExportedProgram``; it is wrapped, not copied.
         loss: a callable ``(output, target) -> scalar tensor``; None: the module returns its loss.
         example_inputs: inputs to capture with now (a tensor, a tuple or a dict of keywords, the batch
             as dimension 0), so that ``net.chain`` exists at once. Default: capture with the first batch.
@@ -64,22 +67,14 @@ def compile(
 
     Raises:
         TypeError: ``model`` is not a module, ``loss`` not callable, or an argument unknown to ``torch.compile``.
-        ValueError: a backend, mode or option that ``torch.compile`` does not know, or a loss with trainable
-            parameters of its own.
+        ValueError: a backend, mode or option that ``torch.compile`` does not know, a loss with trainable
+            parameters of its own, or an exported program with its batch size written into it.
 
     Equivalent to ``torch.compile(model)`` where no ``DDPNOpt`` is made.
     """
     if isinstance(model, CompiledModule):
         raise TypeError("ddpn_fx.compile: the module is already compiled by ddpn_fx; pass the original module")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"ddpn_fx.compile: model must be an nn.Module, not {type(model).__name__}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise TypeError(
-            f"ddpn_fx.compile: model is wrapped in {type(model).__name__}, whose gradient exchange a training step "
-            "would not see; pass the wrapped module, model.module"
-        )
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile(model): compiled again here
-        model = model._orig_mod  # type: ignore[assignment]
+    model = as_module(model)
     if loss is not None and not callable(loss):
         raise TypeError(
             "ddpn_fx.compile: loss must be a callable (output, target) -> scalar, "

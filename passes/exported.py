@@ -100,6 +100,11 @@ def export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> to
                 " The model or the loss does not take every batch size: it is fixed somewhere in it. "
                 "Write x.shape[0] for numbers."
             )
+            if isinstance(objective.model, torch.jit.ScriptModule):
+                hint = (
+                    " It is a TorchScript module, and TorchScript asks for sizes as plain numbers, which fixes the "
+                    "batch size: pass the Python module that it was made from (its state_dict loads)."
+                )
             said = "" if "Constraints violated" in text else said
         raise CaptureError(
             (

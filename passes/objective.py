@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
@@ -27,7 +28,7 @@ class Objective(nn.Module):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Evaluate the model and the loss; ``target`` is an empty tuple where there is none."""
-        output = self.model(*args, **kwargs)
+        output = self._call(*args, **kwargs)
         leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
         if self.module_loss:
             scalars = [t for t in leaves if t.numel() == 1]
@@ -48,6 +49,15 @@ class Objective(nn.Module):
                 "use reduction='mean' or 'sum'"
             )
         return (loss, *leaves)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.model, torch.jit.RecursiveScriptModule) and not isinstance(
+            self.model, torch.jit.TopLevelTracedModule
+        ):
+            # torch.export reads a scripted module's forward pass as a plain function and calls it with one self more.
+            with torch._C.DisableTorchFunction():
+                return self.model._c._get_method("forward")(*args, **kwargs)
+        return self.model(*args, **kwargs)
 
 
 @dataclass

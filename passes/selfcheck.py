@@ -38,7 +38,11 @@ def self_check(objective: Objective, captured: Captured, spec: Any) -> None:
         if not any(t.requires_grad for t in eager):
             raise CaptureError(f"ddpn_fx.compile: no output of {type(model).__name__} depends on a trainable parameter")
         scalar = weigh(eager)
-        expected = torch.autograd.grad(scalar, list(trainable.values()), allow_unused=True)
+        try:
+            expected = torch.autograd.grad(scalar, list(trainable.values()), allow_unused=True)
+        except RuntimeError as error:
+            error.add_note(f"ddpn_fx: the gradient of {type(model).__name__} fails so in eager mode, without ddpn_fx")
+            raise
     after = {n: b.detach().clone() for n, b in model.named_buffers(remove_duplicate=False)}
     torch.manual_seed(seed)
     values = placeholder_values(captured, params, state, captured.example)

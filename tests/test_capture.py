@@ -329,3 +329,87 @@ def test_a_model_that_fails_at_every_other_size_is_refused_for_itself():
     model = Model(lambda m, x, s: m.a(x.reshape(6, 3) + s), a=nn.Linear(3, 3)).double()
     with pytest.raises(CaptureError, match="does not take every batch size"):
         build_chain(model, F.cross_entropy, (x, torch.randn(6, 3, dtype=torch.float64)), {}, (y,))
+
+
+# --- what a model may be --------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.norm(self.a(x))))
+
+
+class Scriptable(nn.Module):
+    def __init__(self, view: bool = False):
+        super().__init__()
+        self.a, self.b, self.view = nn.Linear(3, 4), nn.Linear(4, 3), view
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        for _ in range(2):
+            h = h + torch.tanh(h)
+        if self.view:
+            h = h.view(x.size(0), 4)
+        return self.b(h)
+
+
+def exported(model, x, dynamic):
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+    return torch.export.export(model, (x,), dynamic_shapes=shapes)
+
+
+SOURCES = {
+    "graph module": (Plain, lambda m, x: torch.fx.symbolic_trace(m)),
+    "exported, dynamic": (Plain, lambda m, x: exported(m, x, True)),
+    "exported for one batch size": (Plain, lambda m, x: exported(m, x, False)),
+    "unlifted module": (Plain, lambda m, x: exported(m, x, True).module()),
+    "traced": (Plain, lambda m, x: torch.jit.trace(m, (x,), check_trace=False)),
+    "scripted": (Scriptable, lambda m, x: torch.jit.script(m)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("source", SOURCES)
+def test_other_forms_of_a_module_train_as_it_does(source):
+    kind, convert = SOURCES[source]
+    model, (x, y) = kind().double(), data(3, batch=8)
+    eager = copy.deepcopy(model)
+    names, state = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    form = convert(model, x)
+    model.load_state_dict(state)  # tracing runs the model
+    net = ddpn_fx.compile(form, loss=F.cross_entropy, disable=True)
+    assert list(net.state_dict()) == names
+    twin = ddpn_fx.compile(eager, loss=F.cross_entropy, disable=True)
+    opts = ddpn_fx.DDPNOpt(net), ddpn_fx.DDPNOpt(twin)
+    for size in (8, 5):
+        losses = [opt.train_step(x[:size], y[:size]) for opt in opts]
+        torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-12)
+    for (name, a), b in zip(net.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    assert len(net._chains) == 1
+    if source != "traced":
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), net.parameters(), strict=True)), "not in place"
+
+
+def test_an_exported_program_with_its_batch_size_inside_is_refused():
+    x, _ = data(2, 3, batch=8)
+    model = Model(lambda m, x: m.a(x.view(x.shape[0] * 2, 3)).view(x.shape[0], 6), a=nn.Linear(3, 3)).double()
+    with pytest.raises(ValueError, match=r"exported for batches of 8 alone, and aten\.view\.default may hold.*DYNAMIC"):
+        ddpn_fx.compile(exported(model, x, False))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_a_script_module_that_fixes_the_batch_size_is_refused():
+    x, y = data(3)
+    net = ddpn_fx.compile(torch.jit.script(Scriptable(view=True).double()), loss=F.cross_entropy)
+    with pytest.raises(CaptureError, match="It is a TorchScript module.*pass the Python module"):
+        net.capture(x, y, with_target=True)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"an nn\.Module or a torch\.export\.ExportedProgram, not function"):
+        ddpn_fx.compile(lambda x: x)
