@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -12,20 +12,20 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddpn_fx import preconditioners
 from ddpn_fx import terminal as terminals
 from ddpn_fx.module import CompiledModule, check_batch, split_inputs
 from ddpn_fx.passes.errors import LossError, StagingError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
-from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode
+from ddpn_fx.passes.metric import Preconditioner
+from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode, slots_of, state_key
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.provenance import describe
+from ddpn_fx.passes.rules.base import accumulate_dtype
 
 _GROUP_KEYS = ("lr", "weight_decay", "momentum")
-_LATER = {
-    "preconditioner": "only preconditioner='identity' exists so far",
-    "tikhonov": "tikhonov (eps_V) does not exist so far; leave it at 0.0",
-}
+_LATER = {"tikhonov": "tikhonov (eps_V) does not exist so far; leave it at 0.0"}
 
 
 class DDPNOpt(Optimizer):
@@ -34,7 +34,8 @@ class DDPNOpt(Optimizer):
     Args:
         net: what :func:`ddpn_fx.compile` returned.
         lr: step size eta, the inverse weight of the control's cost; 1.0 works over two decades.
-        preconditioner: ``"identity"``, the metric M of Table 2.
+        preconditioner: the metric M of Table 2: ``"identity"``, ``"diagonal"``, ``"factored"``, ``"kronecker"``,
+            ``"eigen-kronecker"``, or an object (:mod:`ddpn_fx.preconditioners` has these and their options).
         terminal: the model of the loss: ``"bound"``, ``"residual"``, ``"gradient"``, ``"exact"``, ``"sampled"``.
         rank: columns of the terminal factor; None: all.
         curvature: for ``terminal="bound"`` and a loss that is not known: an upper bound of its Hessian.
@@ -57,8 +58,11 @@ class DDPNOpt(Optimizer):
         TypeError: ``net`` is no compiled module.
         ValueError: an unknown or impossible option, named with what may stand there.
 
-    Equivalent to ``torch.optim.SGD`` (momentum, weight decay) with ``feedback=False``, and to the damped
-    Gauss-Newton step of the whole network with the defaults.
+    With ``feedback=False`` the arguments of the loop (terminal, rank, coupling, quu, rollout, gain, trust) have no
+    effect. In the linear rollout momentum and beta1 act on du beside the recursion: y is that of the step without them.
+
+    Equivalent to ``torch.optim.SGD`` (momentum, weight decay) with ``feedback=False``, to ``torch.optim.RMSprop`` with
+    ``preconditioner="diagonal"`` beside, and to the damped Gauss-Newton step of the whole network with the defaults.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class DDPNOpt(Optimizer):
         net: CompiledModule,
         lr: float | Tensor = 1.0,
         *,
-        preconditioner: str = "identity",
+        preconditioner: str | Preconditioner = "identity",
         terminal: str = "bound",
         rank: int | None = 1,
         curvature: float | None = None,
@@ -88,7 +92,7 @@ class DDPNOpt(Optimizer):
             raise TypeError(
                 f"DDPNOpt: net must come from ddpn_fx.compile(model, loss=...), not be a {type(net).__name__}"
             )
-        _one_of("preconditioner", preconditioner, ("identity",), _LATER["preconditioner"])
+        self.preconditioner = preconditioners.make(preconditioner)
         _one_of("quu", quu, ("gauss-newton", "preconditioner"))
         _one_of("rollout", rollout, ("linear", "nonlinear"))
         if isinstance(coupling, bool) or (
@@ -118,6 +122,8 @@ class DDPNOpt(Optimizer):
         self._programs: dict[Any, Lowered] = {}
         self._vector: tuple[Any, Tensor] | None = None
         self._averaged: Tensor | None = None
+        self._slot_names: dict[tuple[int, str], tuple[str, ...]] = {}
+        self._taken = 0
         self._fold_allowed = not isinstance(gain, Tensor)
         super().__init__(self._groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
@@ -248,6 +254,7 @@ class DDPNOpt(Optimizer):
                 (values,) = lowered.run(*flat)
             if net._options["mode"] is not None:
                 values = values.clone()  # a CUDA graph's next replay writes over its outputs
+            self._refresh(lowered.program, params, state)
         self.stats = dict(zip(STATISTICS, values.unbind(), strict=True))
         self._opt_called = True  # torch's schedulers look for a step before theirs
         if getattr(self._factor, "floor", None) is not None or lowered.program.chain.loss_node is None:
@@ -375,13 +382,17 @@ class DDPNOpt(Optimizer):
             quu=self.quu,
             rollout=self.rollout,
             feedback=self.feedback,
-            fold=folds and self.quu == "gauss-newton" and self.rollout == "linear",
+            fold=folds
+            and self.quu == "gauss-newton"
+            and self.rollout == "linear"
+            and (self.preconditioner is None or self.preconditioner.moments == "gradient"),
             trust=not no_trust,
             group=group,
             decay=tuple(bool(float(g["weight_decay"])) for g in self.param_groups),
             decoupled=self.decoupled,
             momentum=tuple(bool(float(g["momentum"])) for g in self.param_groups),
             average=bool(self.beta1),
+            preconditioner=self.preconditioner,
         )
 
     def _new_vector(self, like: Tensor) -> Tensor:
@@ -406,22 +417,50 @@ class DDPNOpt(Optimizer):
     def _state(self, program: Program, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """The optimizer state that the program reads and writes, made where it is missing."""
         found = {}
-        slot = _slot(program)
-        for name in _buffered(program):
+        mode = program.mode
+        for name in program.trained:
             kept = self.state[params[name]]
-            if kept.get(slot) is None:
-                kept[slot] = torch.zeros_like(params[name], memory_format=torch.preserve_format)
-            found[name] = kept[slot]
-        if program.mode.average:
+            if (mode.average or mode.momentum[program.group[name]]) and kept.get(mode.buffer) is None:
+                kept[mode.buffer] = torch.zeros_like(params[name], memory_format=torch.preserve_format)
+            if mode.average or mode.momentum[program.group[name]]:
+                found[state_key(mode.buffer, name)] = kept[mode.buffer]
+            if mode.preconditioner is not None:
+                for slot in self._slots(program, name, params, kept):
+                    found[state_key(slot, name)] = kept[slot]
+        if mode.counts:
             if self._averaged is None:
                 self._averaged = _zero_count(params)
             found["step"] = self._averaged
         return found
 
+    def _slots(
+        self, program: Program, name: str, params: Mapping[str, Tensor], kept: dict[str, Any]
+    ) -> tuple[str, ...]:
+        """The preconditioner's slots of one parameter, whose tensors are made where they are missing."""
+        key = id(program), name
+        if key not in self._slot_names:
+            assert self.preconditioner is not None
+            like = params[name].detach().new_zeros((), dtype=accumulate_dtype(params[name].dtype))
+            fresh = self.preconditioner.state(program.sites(params)[name], like)
+            for slot, tensor in fresh.items():
+                if kept.get(slot) is None or kept[slot].shape != tensor.shape:
+                    kept[slot] = tensor
+            self._slot_names[key] = tuple(fresh)
+        return self._slot_names[key]
+
+    def _refresh(self, program: Program, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """The preconditioner's work outside the step."""
+        if self.preconditioner is None:
+            return
+        self._taken += 1
+        for name, site in program.sites(params).items():
+            if name in program.group:
+                self.preconditioner.refresh(site, slots_of(name, state), self._taken)
+
     # -- persistence -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``, with the number of averaged steps (beta1)."""
+        """As ``torch.optim.Optimizer.state_dict``, with the number of steps (of beta1 and the preconditioner)."""
         found = super().state_dict()
         if self._averaged is not None:
             found["ddpn_step"] = self._averaged.clone()
@@ -432,8 +471,12 @@ class DDPNOpt(Optimizer):
         state_dict = dict(state_dict)
         step = state_dict.pop("ddpn_step", None)
         super().load_state_dict(state_dict)
-        for kept in self.state.values():
-            kept.update({k: v.clone() for k, v in kept.items() if isinstance(v, Tensor)})
+        given = [state_dict["state"].get(i, {}) for g in state_dict["param_groups"] for i in g["params"]]
+        for parameter, old in zip((p for g in self.param_groups for p in g["params"]), given, strict=True):
+            for slot, value in old.items():
+                if isinstance(value, Tensor):  # torch casts to the parameter's dtype; moments keep their own
+                    self.state[parameter][slot] = value.to(parameter.device, copy=True)
+        self._slot_names.clear()
         for group in self.param_groups:
             for key in _GROUP_KEYS:
                 group.setdefault(key, self.defaults[key])
@@ -441,6 +484,7 @@ class DDPNOpt(Optimizer):
         if step is not None:
             count = _zero_count(dict(self.net.named_parameters()))
             self._averaged = torch.as_tensor(step).to(count, copy=True)
+            self._taken = int(step)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
@@ -456,6 +500,8 @@ class DDPNOpt(Optimizer):
             "trust",
             "_factor",
             "_averaged",
+            "_taken",
+            "preconditioner",
             "_fold_allowed",
         )
         return {**state, **{k: self.__dict__[k] for k in keep}}
@@ -463,19 +509,9 @@ class DDPNOpt(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_programs", {})
+        self.__dict__.setdefault("_slot_names", {})
         self.__dict__.setdefault("_vector", None)
         self.__dict__.setdefault("stats", {})
-
-
-def _slot(program: Program) -> str:
-    """torch.optim's name of the state that a program keeps for each parameter."""
-    return "exp_avg" if program.mode.average else "momentum_buffer"
-
-
-def _buffered(program: Program) -> Iterator[str]:
-    """The parameters that a program keeps state for."""
-    mode = program.mode
-    return (n for n in program.trained if mode.average or mode.momentum[program.group[n]])
 
 
 def _zero_count(params: Mapping[str, Tensor]) -> Tensor:

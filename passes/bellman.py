@@ -112,40 +112,59 @@ def folded(
     return terminal.free + root * solve(factorize(total, root), root * rhs), total, shift
 
 
-def gauss_newton(grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal) -> list[Policy]:
-    """Policies of every stage, by the Gauss-Newton row: one Cholesky solve a stage."""
-    policies: list[Policy] = []
-    root = terminal.curved.sqrt()
-    total = torch.zeros_like(grams[0])
-    shift = torch.zeros_like(terminal.beta)
-    for gram, v in zip(reversed(grams), reversed(decay), strict=True):
-        total = total + gram
-        shift = shift if v is None else shift + v
-        factor = factorize(total, root)
-        rhs = terminal.beta - shift - matvec(total, terminal.free)
-        policies.append(Policy(terminal.free + root * solve(factor, root * rhs), factor, root))
-    return policies[::-1]
+class GaussNewton:
+    """The Gauss-Newton row, stage by stage from the last: one Cholesky solve a stage.
+
+    Attributes:
+        b: (G, n), b_{t+1} before the step of stage t, b_t after it.
+        clamps: None: nothing is clamped.
+    """
+
+    clamps: Tensor | None = None
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal, self.b = terminal, terminal.b
+        self.root = terminal.curved.sqrt()
+        self.total: Tensor | None = None
+        self.shift = torch.zeros_like(terminal.beta)
+
+    def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
+        """The policy of the next stage towards the first, for its K and v."""
+        terminal, root = self.terminal, self.root
+        self.total = gram if self.total is None else self.total + gram
+        self.shift = self.shift if decay is None else self.shift + decay
+        factor = factorize(self.total, root)
+        rhs = terminal.beta - self.shift - matvec(self.total, terminal.free)
+        self.b = terminal.free + root * solve(factor, root * rhs)
+        return Policy(self.b, factor, root)
 
 
-def preconditioner(
-    grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal
-) -> tuple[list[Policy], Tensor]:
-    """Policies of every stage, by the preconditioner row, and the number of clamped eigenvalues."""
-    policies: list[Policy] = []
-    b = terminal.b
-    root = torch.diag_embed(terminal.curved.sqrt())
-    clamps = torch.zeros((), dtype=b.dtype, device=b.device)
-    for gram, v in zip(reversed(grams), reversed(decay), strict=True):
+class PreconditionerRow:
+    """The preconditioner row, stage by stage from the last.
+
+    Attributes:
+        b: (G, n), b_{t+1} before the step of stage t, b_t after it.
+        clamps: 0-d, the eigenvalues clamped so far.
+    """
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.b = terminal.b
+        self.root = torch.diag_embed(terminal.curved.sqrt())
+        self.clamps: Tensor = torch.zeros((), dtype=self.b.dtype, device=self.b.device)
+
+    def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
+        """The policy of the next stage towards the first, for its K and v."""
+        b, root = self.b, self.root
         matrix = root @ root.mT
-        policies.append(Policy(b, matrix))
+        policy = Policy(b, matrix)
         values, vectors = _eigh(root.mT @ gram @ root)
-        clamps = clamps + (values > 1).sum()
+        self.clamps = self.clamps + (values > 1).sum()
         damp = 1.0 / values.clamp(min=1.0)
         left = root @ vectors
-        b_next = b - matvec(left, damp * matvec(left.mT, matvec(gram, b)))
-        b = b_next if v is None else b_next - matvec(matrix, v)
-        root = left * (1.0 - values).clamp(min=0.0).sqrt()[..., None, :] @ vectors.mT
-    return policies[::-1], clamps
+        b = b - matvec(left, damp * matvec(left.mT, matvec(gram, b)))
+        self.b = b if decay is None else b - matvec(matrix, decay)
+        self.root = left * (1.0 - values).clamp(min=0.0).sqrt()[..., None, :] @ vectors.mT
+        return policy
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

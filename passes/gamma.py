@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -50,8 +51,15 @@ class Gamma:
     parameters: Parameters
     entries: list[Entry] = field(default_factory=list)
 
-    def gram(self, blocks: Blocks) -> Tensor:
-        """Gamma^T Gamma in blocks: (G, n, n)."""
+    def gram(self, blocks: Blocks, metric: Any = None) -> Tensor:
+        """Gamma^T M^-1 Gamma in blocks, for a :class:`~ddpn_fx.passes.metric.Metric` or the identity: (G, n, n)."""
+        if metric is not None:
+            entry = self.entries[0]
+            if metric.sides is not None and len(self.entries) == 1 and entry.argument.op == "placeholder":
+                gram = entry.rule.whitened_gram(entry.argument, blocks, metric.sides)
+                if gram is not None:
+                    return gram
+            return gram_matrix(blocks.matrix(metric.whiten(self.columns())))
         if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))

@@ -279,9 +279,9 @@ def parts(
         return [trajectory.loss, *(trajectory.env[n] for n in [*kept, *chain.terminal])]
 
     def backward(*flat: Tensor) -> list[Tensor]:
-        p, b, x, v, _ = names.unflatten(flat[: len(base)], program)
+        p, b, x, v, s = names.unflatten(flat[: len(base)], program)
         trajectory = program.simulate(p, b, x, dict(zip(kept, flat[len(base) :], strict=True)))
-        linear = program.backward(trajectory, Hyper.unpack(v))
+        linear = program.backward(trajectory, Hyper.unpack(v), s)
         if linear.folded is not None:
             return list(linear.folded)
         return [t for policy in linear.policies for t in (policy.open, policy.factor) if t is not None] or [
@@ -292,7 +292,7 @@ def parts(
         p, b, x, v, s = names.unflatten(flat[: len(base)], program)
         trajectory = program.simulate(p, b, x, dict(zip(kept, flat[len(base) : len(base) + len(kept)], strict=True)))
         hyper = Hyper.unpack(v)
-        linear = program.backward(trajectory, hyper)
+        linear = program.backward(trajectory, hyper, s)
         given = iter(flat[len(base) + len(kept) :])
         if linear.folded is not None:
             linear.folded = (next(given), next(given), next(given))

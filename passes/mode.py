@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ddpn_fx.passes.loss import Phi
+from ddpn_fx.passes.metric import Preconditioner
 
 STATISTICS = ("loss", "predicted_decrease", "max_y", "clamps", "clipped", "skipped", "fault")
 # Values of the "fault" statistic.
@@ -53,6 +54,16 @@ class TerminalFactor(Protocol):
         ...
 
 
+def state_key(slot: str, name: str) -> str:
+    """The key of one tensor of the optimiser state: what it is, of which parameter."""
+    return f"{slot}/{name}"
+
+
+def slots_of(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one parameter in the optimiser state, by slot."""
+    return {k.partition("/")[0]: t for k, t in state.items() if k.partition("/")[2] == name}
+
+
 @dataclass(frozen=True)
 class Mode:
     """Everything about a step that is structure, not a number.
@@ -70,6 +81,7 @@ class Mode:
         decoupled: whether weight decay is outside the recursion.
         momentum: for each group whether it has a momentum buffer.
         average: whether directions are averaged with beta1.
+        preconditioner: what makes M; None for the identity.
     """
 
     terminal: TerminalFactor
@@ -84,6 +96,17 @@ class Mode:
     decoupled: bool
     momentum: tuple[bool, ...]
     average: bool
+    preconditioner: Preconditioner | None = None
+
+    @property
+    def buffer(self) -> str:
+        """torch.optim's name of the average of directions that is kept."""
+        return "exp_avg" if self.average else "momentum_buffer"
+
+    @property
+    def counts(self) -> bool:
+        """Whether the number of steps is part of the state, as ``"step"``."""
+        return self.average or self.preconditioner is not None
 
     def group_size(self, batch: int) -> int:
         """Samples in one block of the coupling."""
