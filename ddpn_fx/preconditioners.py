@@ -372,7 +372,9 @@ class _Dense:
 
     def whiten(self, columns: Tensor) -> Tensor:
         flat = columns.to(self.root.dtype).reshape(*columns.shape[:2], -1)
-        return torch.linalg.solve_triangular(self.root.mT, flat.flatten(0, 1), upper=True, left=False).view_as(flat)
+        return torch.linalg.solve_triangular(self.root.mT, flat.flatten(0, 1), upper=True, left=False).reshape(
+            flat.shape
+        )
 
 
 @dataclass(frozen=True)
