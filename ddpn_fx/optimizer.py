@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.utils._pytree as pytree
@@ -126,6 +126,33 @@ class DDPNOpt(Optimizer):
         self._taken = 0
         self._fold_allowed = not isinstance(gain, Tensor)
         super().__init__(self._groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @classmethod
+    def paper(
+        cls,
+        net: CompiledModule,
+        lr: float | Tensor,
+        *,
+        preconditioner: str | Preconditioner = "identity",
+        **options: Any,
+    ) -> Self:
+        """The paper's literal form (Alg. 3, Prop. 4): each sample its own value function, ``Q_uu = M / eta``.
+
+        Args:
+            net: what :func:`ddpn_fx.compile` returned.
+            lr: step size eta.
+            preconditioner: as the class's; a name takes its moments from V of the recursion, as the paper does.
+            **options: further options of the class, which win over the paper's.
+
+        Returns:
+            An optimizer with ``terminal="gradient"``, ``coupling="sample"``, ``quu="preconditioner"`` and
+            ``rollout="nonlinear"``. ``opt.stats["clamps"]`` counts, in each step, the samples and stages whose
+            ``1 - q_u^T Q_uu^-1 q_u`` (eq. 13) would be negative: at the paper's larger step sizes nearly all.
+        """
+        if isinstance(preconditioner, str):
+            preconditioner = preconditioners.make(preconditioner, moments="value") or "identity"
+        literal = {"terminal": "gradient", "coupling": "sample", "quu": "preconditioner", "rollout": "nonlinear"}
+        return cls(net, lr, preconditioner=preconditioner, **{**literal, **options})
 
     @staticmethod
     def _groups(net: CompiledModule, params: Iterable[Any] | None) -> list[Any]:

@@ -470,8 +470,12 @@ NAMED: dict[str, type[Any]] = {
 }
 
 
-def make(preconditioner: Any) -> Preconditioner | None:
+def make(preconditioner: Any, **options: Any) -> Preconditioner | None:
     """The object behind ``DDPNOpt``'s argument; None for the identity.
+
+    Args:
+        preconditioner: a name, or an object.
+        **options: of the object that a name stands for.
 
     Raises:
         ValueError: an unknown name.
@@ -485,7 +489,7 @@ def make(preconditioner: Any) -> Preconditioner | None:
                 f"DDPNOpt: preconditioner={preconditioner!r} is not known; choose one of 'identity', "
                 f"{', '.join(map(repr, NAMED))}, or give an object of ddpn_fx.preconditioners"
             )
-        made: Preconditioner = NAMED[preconditioner]()
+        made: Preconditioner = NAMED[preconditioner](**options)
         return made
     missing = [n for n in ("moments", "state", "metric", "refresh") if not hasattr(preconditioner, n)]
     if missing or isinstance(preconditioner, type):

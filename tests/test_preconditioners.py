@@ -373,6 +373,39 @@ def test_ekfac_of_grouped_convolutions_embeddings_and_positions():
             )
 
 
+@pytest.mark.parametrize("kind", ["identity", "diagonal", "kronecker"])
+def test_the_papers_form_by_name(kind):
+    """`DDPNOpt.paper` is Alg. 3: the class's step with the literal settings, M from V."""
+    named = (
+        {}
+        if kind == "identity"
+        else {"preconditioner": (Diagonal if kind == "diagonal" else Kronecker)(moments="value")}
+    )
+    literal = {"terminal": "gradient", "coupling": "sample", "quu": "preconditioner", "rollout": "nonlinear"}
+    results = []
+    for make in (
+        lambda net: ddpn_fx.DDPNOpt.paper(net, lr=0.05, preconditioner=kind),
+        lambda net: ddpn_fx.DDPNOpt(net, lr=0.05, **literal, **named),
+    ):
+        model = case("mlp-tanh").model()
+        opt = make(ddpn_fx.compile(model, loss=F.cross_entropy, disable=True))
+        inputs, target = case("mlp-tanh").sample()
+        clamps = [(opt.train_step(inputs, target), int(opt.stats["clamps"]))[1] for _ in range(3)]
+        results.append(([p.detach().clone() for p in model.parameters()], clamps))
+    assert results[0][1] == results[1][1]
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("lr", "clamped"), [(1e-6, False), (10.0, True)])
+def test_the_papers_form_counts_its_clamps(lr, clamped):
+    model = case("mlp").model()
+    inputs, target = case("mlp").sample()
+    opt = ddpn_fx.DDPNOpt.paper(ddpn_fx.compile(model, loss=F.cross_entropy, disable=True), lr=lr)
+    opt.train_step(inputs, target)
+    assert (opt.stats["clamps"] > 0) == clamped
+
+
 # --- behaviour ------------------------------------------------------------------------------------------------------
 
 
