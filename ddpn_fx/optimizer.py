@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, Self
@@ -14,18 +13,16 @@ from torch.optim import Optimizer
 
 from ddpn_fx import preconditioners
 from ddpn_fx import terminal as terminals
+from ddpn_fx.kept import Kept, number_dtype
 from ddpn_fx.module import CompiledModule, check_batch, split_inputs
+from ddpn_fx.options import GROUP_KEYS, check_arguments, check_group, check_loop, initial_groups, number
 from ddpn_fx.passes.errors import LossError, StagingError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
 from ddpn_fx.passes.metric import Preconditioner
-from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode, slots_of, state_key
+from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.provenance import describe
-from ddpn_fx.passes.rules.base import accumulate_dtype
-
-_GROUP_KEYS = ("lr", "weight_decay", "momentum")
-_LATER = {"tikhonov": "tikhonov (eps_V) does not exist so far; leave it at 0.0"}
 
 
 class DDPNOpt(Optimizer):
@@ -88,44 +85,33 @@ class DDPNOpt(Optimizer):
         beta1: float = 0.0,
         tikhonov: float = 0.0,
     ) -> None:
-        if not isinstance(net, CompiledModule):
-            raise TypeError(
-                f"DDPNOpt: net must come from ddpn_fx.compile(model, loss=...), not be a {type(net).__name__}"
-            )
+        check_arguments(
+            net,
+            coupling=coupling,
+            quu=quu,
+            rollout=rollout,
+            feedback=feedback,
+            decoupled=decoupled,
+            tikhonov=tikhonov,
+            curvature=curvature,
+            loss_floor=loss_floor,
+            beta1=beta1,
+        )
         self.preconditioner = preconditioners.make(preconditioner)
-        _one_of("quu", quu, ("gauss-newton", "preconditioner"))
-        _one_of("rollout", rollout, ("linear", "nonlinear"))
-        if isinstance(coupling, bool) or (
-            coupling not in ("batch", "sample") and not (isinstance(coupling, int) and coupling >= 1)
-        ):
-            raise ValueError(f"DDPNOpt: coupling={coupling!r} must be 'batch', 'sample' or a positive group size")
-        for name, flag in (("feedback", feedback), ("decoupled", decoupled)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"DDPNOpt: {name}={flag!r} must be True or False")
-        if tikhonov != 0.0:
-            raise ValueError(f"DDPNOpt: tikhonov={tikhonov!r}: {_LATER['tikhonov']}")
-        for name, number in (("curvature", curvature), ("loss_floor", loss_floor)):
-            if number is not None and not math.isfinite(_number(name, number)):
-                rule = "positive and finite (an upper bound of the loss's Hessian in x_T)"
-                raise ValueError(f"DDPNOpt: {name}={number!r} must be {rule if name == 'curvature' else 'finite'}")
-        if not 0.0 <= _number("beta1", beta1) < 1.0:
-            raise ValueError(f"DDPNOpt: beta1={beta1!r} must be in [0, 1)")
         self._factor = terminals.make(
-            terminal, rank=rank, curvature=curvature, loss_floor=_number("loss_floor", loss_floor)
+            terminal, rank=rank, curvature=curvature, loss_floor=number("loss_floor", loss_floor)
         )
         self.net = net
         self.coupling, self.quu, self.rollout = coupling, quu, rollout
         self.feedback, self.decoupled, self.beta1 = feedback, decoupled, float(beta1)
         self.gain, self.trust = gain, trust
-        self._check_loop()
+        check_loop(self.gain, self.trust)
         self.stats: dict[str, Tensor] = {}
         self._programs: dict[Any, Lowered] = {}
         self._vector: tuple[Any, Tensor] | None = None
-        self._averaged: Tensor | None = None
-        self._slot_names: dict[tuple[int, str], tuple[str, ...]] = {}
-        self._taken = 0
+        self._kept = Kept()
         self._fold_allowed = not isinstance(gain, Tensor)
-        super().__init__(self._groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(initial_groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @classmethod
     def paper(
@@ -154,31 +140,6 @@ class DDPNOpt(Optimizer):
         literal = {"terminal": "gradient", "coupling": "sample", "quu": "preconditioner", "rollout": "nonlinear"}
         return cls(net, lr, preconditioner=preconditioner, **{**literal, **options})
 
-    @staticmethod
-    def _groups(net: CompiledModule, params: Iterable[Any] | None) -> list[Any]:
-        if params is None:
-            found = [p for p in net.parameters() if p.requires_grad]
-            if not found:
-                raise ValueError(
-                    "DDPNOpt: the model has no parameter with requires_grad=True, so there is nothing to train"
-                )
-            return found
-        if isinstance(params, Tensor) or not isinstance(params, Iterable):
-            raise TypeError(
-                "DDPNOpt: params must be an iterable of parameters or of group dicts, "
-                f"not {'a tensor' if isinstance(params, Tensor) else repr(params)}"
-            )
-        groups = list(params)
-        if not groups:
-            raise ValueError("DDPNOpt: params is empty; leave it out to train every trainable parameter")
-        for group in groups:
-            if not isinstance(group, (Mapping, Tensor, tuple)):
-                raise TypeError(
-                    "DDPNOpt: params must be an iterable of parameters or of group dicts, "
-                    f"not of {type(group).__name__} ({group!r})"
-                )
-        return groups
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer.add_param_group``.
 
@@ -187,11 +148,10 @@ class DDPNOpt(Optimizer):
         """
         if "params" not in param_group:
             raise ValueError("DDPNOpt: a parameter group has no 'params'")
-        unknown = sorted(set(param_group) - {"params", "param_names", "initial_lr", "name", *_GROUP_KEYS})
+        unknown = sorted(set(param_group) - {"params", "param_names", "initial_lr", "name", *GROUP_KEYS})
         if unknown:
             raise ValueError(
-                f"DDPNOpt: a parameter group has the unknown option {unknown[0]!r}; "
-                f"groups take {', '.join(_GROUP_KEYS)}"
+                f"DDPNOpt: a parameter group has the unknown option {unknown[0]!r}; groups take {', '.join(GROUP_KEYS)}"
             )
         members = param_group["params"]
         if not isinstance(members, (Tensor, set)):  # torch refuses a set; an iterator is read once, here
@@ -205,26 +165,9 @@ class DDPNOpt(Optimizer):
                     f"DDPNOpt: a parameter of shape {tuple(tensor.shape)} in params "
                     "is not a parameter of the compiled model"
                 )
-        numbers = {key: param_group.get(key, self.defaults[key]) for key in _GROUP_KEYS}
-        self._check_group(numbers)
+        numbers = {key: param_group.get(key, self.defaults[key]) for key in GROUP_KEYS}
+        check_group(numbers, self.beta1)
         super().add_param_group(param_group)
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        for key in _GROUP_KEYS:
-            number = _number(key, group[key])
-            if not (math.isfinite(number) and number >= 0.0):
-                raise ValueError(f"DDPNOpt: {key}={group[key]!r} must be finite and not negative")
-        if self.beta1 and float(group["momentum"]):
-            raise ValueError(
-                "DDPNOpt: momentum and beta1 both average the direction; set one of them "
-                "(a scheduler that sets momentum takes cycle_momentum=False)"
-            )
-
-    def _check_loop(self) -> None:
-        if not math.isfinite(_number("gain", self.gain)):
-            raise ValueError(f"DDPNOpt: gain={self.gain!r} must be finite")
-        if self.trust is not None and not 0.0 < _number("trust", self.trust) < math.inf:
-            raise ValueError(f"DDPNOpt: trust={self.trust!r} must be positive, or None for no clip")
 
     # -- the step ----------------------------------------------------------------------------------
 
@@ -273,7 +216,7 @@ class DDPNOpt(Optimizer):
             buffers = dict(net.named_buffers(remove_duplicate=False))
             lowered = self._lowered(args, kwargs, targets, leaves, batch, params, buffers)
             vector = self._hyper_vector(params)
-            state = self._state(lowered.program, params)
+            state = self._kept.of(lowered.program, self.state, params)
             with _full_precision(params):
                 flat = lowered.signature.flatten(
                     {n: params[n].detach() for n in lowered.signature.params}, buffers, leaves, vector, state
@@ -281,7 +224,7 @@ class DDPNOpt(Optimizer):
                 (values,) = lowered.run(*flat)
             if net._options["mode"] is not None:
                 values = values.clone()  # a CUDA graph's next replay writes over its outputs
-            self._refresh(lowered.program, params, state)
+            self._kept.refresh(lowered.program, params, state)
         self.stats = dict(zip(STATISTICS, values.unbind(), strict=True))
         self._opt_called = True  # torch's schedulers look for a step before theirs
         if getattr(self._factor, "floor", None) is not None or lowered.program.chain.loss_node is None:
@@ -370,7 +313,7 @@ class DDPNOpt(Optimizer):
             dict(self.net.named_buffers(remove_duplicate=False)),
             leaves,
             vector,
-            self._state(program, params),
+            self._kept.of(program, self.state, params),
             backend=options["backend"],
             compile_kwargs=kwargs_of_compile,
         )
@@ -423,12 +366,12 @@ class DDPNOpt(Optimizer):
         )
 
     def _new_vector(self, like: Tensor) -> Tensor:
-        return torch.tensor(self._numbers(), dtype=_number_dtype(like)).to(like.device, non_blocking=True)
+        return torch.tensor(self._numbers(), dtype=number_dtype(like)).to(like.device, non_blocking=True)
 
     def _numbers(self) -> list[float]:
-        self._check_loop()
+        check_loop(self.gain, self.trust)
         for group in self.param_groups:
-            self._check_group(group)
+            check_group(group, self.beta1)
         return Hyper.pack(
             float(self.gain), float("inf") if self.trust is None else float(self.trust), self.beta1, self.param_groups
         )
@@ -441,56 +384,13 @@ class DDPNOpt(Optimizer):
             self._vector = (key, self._new_vector(like))
         return self._vector[1]
 
-    def _state(self, program: Program, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """The optimizer state that the program reads and writes, made where it is missing."""
-        found = {}
-        mode = program.mode
-        for name in program.trained:
-            kept = self.state[params[name]]
-            if (mode.average or mode.momentum[program.group[name]]) and kept.get(mode.buffer) is None:
-                kept[mode.buffer] = torch.zeros_like(params[name], memory_format=torch.preserve_format)
-            if mode.average or mode.momentum[program.group[name]]:
-                found[state_key(mode.buffer, name)] = kept[mode.buffer]
-            if mode.preconditioner is not None:
-                for slot in self._slots(program, name, params, kept):
-                    found[state_key(slot, name)] = kept[slot]
-        if mode.counts:
-            if self._averaged is None:
-                self._averaged = _zero_count(params)
-            found["step"] = self._averaged
-        return found
-
-    def _slots(
-        self, program: Program, name: str, params: Mapping[str, Tensor], kept: dict[str, Any]
-    ) -> tuple[str, ...]:
-        """The preconditioner's slots of one parameter, whose tensors are made where they are missing."""
-        key = id(program), name
-        if key not in self._slot_names:
-            assert self.preconditioner is not None
-            like = params[name].detach().new_zeros((), dtype=accumulate_dtype(params[name].dtype))
-            fresh = self.preconditioner.state(program.sites(params)[name], like)
-            for slot, tensor in fresh.items():
-                if kept.get(slot) is None or kept[slot].shape != tensor.shape:
-                    kept[slot] = tensor
-            self._slot_names[key] = tuple(fresh)
-        return self._slot_names[key]
-
-    def _refresh(self, program: Program, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """The preconditioner's work outside the step."""
-        if self.preconditioner is None:
-            return
-        self._taken += 1
-        for name, site in program.sites(params).items():
-            if name in program.group:
-                self.preconditioner.refresh(site, slots_of(name, state), self._taken)
-
     # -- persistence -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``, with the number of steps (of beta1 and the preconditioner)."""
         found = super().state_dict()
-        if self._averaged is not None:
-            found["ddpn_step"] = self._averaged.clone()
+        if self._kept.count is not None:
+            found["ddpn_step"] = self._kept.count.clone()
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -503,15 +403,10 @@ class DDPNOpt(Optimizer):
             for slot, value in old.items():
                 if isinstance(value, Tensor):  # torch casts to the parameter's dtype; moments keep their own
                     self.state[parameter][slot] = value.to(parameter.device, copy=True)
-        self._slot_names.clear()
         for group in self.param_groups:
-            for key in _GROUP_KEYS:
+            for key in GROUP_KEYS:
                 group.setdefault(key, self.defaults[key])
-        self._averaged = None
-        if step is not None:
-            count = _zero_count(dict(self.net.named_parameters()))
-            self._averaged = torch.as_tensor(step).to(count, copy=True)
-            self._taken = int(step)
+        self._kept.load(step, dict(self.net.named_parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
@@ -526,8 +421,7 @@ class DDPNOpt(Optimizer):
             "gain",
             "trust",
             "_factor",
-            "_averaged",
-            "_taken",
+            "_kept",
             "preconditioner",
             "_fold_allowed",
         )
@@ -536,18 +430,8 @@ class DDPNOpt(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_programs", {})
-        self.__dict__.setdefault("_slot_names", {})
         self.__dict__.setdefault("_vector", None)
         self.__dict__.setdefault("stats", {})
-
-
-def _zero_count(params: Mapping[str, Tensor]) -> Tensor:
-    first = next(iter(params.values()))
-    return torch.zeros((), dtype=_number_dtype(first), device=first.device)
-
-
-def _number_dtype(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _normal(t: Tensor) -> Tensor:
@@ -559,18 +443,3 @@ def _full_precision(params: Mapping[str, Tensor]) -> AbstractContextManager[Any]
     """Outside the caller's autocast, whose casts are part of the captured graph already."""
     kind = next(iter(params.values())).device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...], note: str = "") -> None:
-    if value not in allowed:
-        hint = f" ({note})" if note else ""
-        raise ValueError(f"DDPNOpt: {name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}{hint}")
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"DDPNOpt: {name}={value!r} must be a number") from None

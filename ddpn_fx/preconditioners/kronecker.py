@@ -1,153 +1,24 @@
-"""Preconditioners: the metric M of the control's cost ``du^T M du / 2 eta`` (Table 2 of the paper).
+"""Metrics from the second moments of inputs and cotangents: KFAC and EKFAC.
 
-Each is a small frozen object; a name stands for one with its defaults (``preconditioner="diagonal"``).
-With ``feedback=False`` they are the plain methods: ``Diagonal`` is ``torch.optim.RMSprop``,
-``Kronecker`` KFAC, ``EigenKronecker`` EKFAC. Moments are kept in float32, or float64 for a float64 model.
-
-Notation: d is Q_u of a parameter, weight decay included; O and I are the rows and columns of the
-parameter as a matrix, its first dimension against the others; S groups.
+A weight that is used once, as products of rows and columns, has a factor for either side; S groups of a convolution
+have a pair each. Any other parameter has the second moments of the samples' own Q_u.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ddpn_fx.passes.metric import Map, Metric, Moment, Preconditioner, Site
-
-MOMENTS = ("gradient", "value")
-
-
-@dataclass(frozen=True)
-class _Base:
-    """What all have: ``moments``, and no work beside the step."""
-
-    @property
-    def moments(self) -> str:
-        raise NotImplementedError
-
-    def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
-        """Nothing is done outside the compiled step."""
-
-    def _check(self, **rules: tuple[Any, str]) -> None:
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} must be {rule}")
-        if self.moments not in MOMENTS:
-            raise ValueError(f"{type(self).__name__}: moments={self.moments!r} must be one of {MOMENTS}")
-
-
-# -- diagonal -----------------------------------------------------------------------------------------
+from ddpn_fx.passes.metric import Map, Metric, Moment, Site
+from ddpn_fx.preconditioners.base import Base, Elementwise
 
 
 @dataclass(frozen=True)
-class Diagonal(_Base):
-    """M = diag(sqrt(v) + eps), v the moving average of d^2: RMSprop; with bias correction and beta1, Adam's.
-
-    Args:
-        decay: of the moving average.
-        eps: added to sqrt(v).
-        relative_eps: the same as a part of the mean of sqrt(v) over the parameter.
-        bias_correction: divide v by ``1 - decay^step``, as Adam.
-        moments: ``"gradient"``: d from V_x at x_T, which keeps the folded solve; ``"value"``: from V_x of the recursion
-            (the paper).
-    """
-
-    decay: float = 0.99
-    eps: float = 1e-8
-    relative_eps: float = 0.0
-    bias_correction: bool = False
-    moments: str = "gradient"
-
-    def __post_init__(self) -> None:
-        self._check(
-            decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
-            eps=(0.0 <= self.eps < math.inf, "finite and not negative"),
-            relative_eps=(0.0 <= self.relative_eps < math.inf, "finite and not negative"),
-        )
-
-    def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
-        """``square_avg``, as torch's."""
-        return {"square_avg": like.new_zeros(site.shape)}
-
-    def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
-        """The batch's own d^2 is in v before v is used: a lagged one diverges."""
-        d = moment.direction.to(moment.dtype)
-        v = state["square_avg"] * self.decay + (1 - self.decay) * d * d
-        root = (v / (1 - self.decay**moment.step) if self.bias_correction else v).sqrt()
-        scale = root + self.eps
-        if self.relative_eps:
-            scale = scale + self.relative_eps * root.mean()
-        return _Elementwise(scale), {"square_avg": v}
-
-
-@dataclass(frozen=True)
-class Factored(_Base):
-    """M = sqrt(r c^T / mean(r)), r and c the row and column means of the moving average of d^2 (as Adafactor's).
-
-    K_t of a linear layer then is a product of two small Grams. A parameter of one dimension has its own v.
-
-    Args:
-        decay: of the moving averages.
-        eps: its square is added to the moments, so that M is at least about eps.
-        relative_eps: its square times the mean of the moments is added to them.
-        bias_correction: divide the moments by ``1 - decay^step``.
-        moments: as :class:`Diagonal`'s.
-    """
-
-    decay: float = 0.99
-    eps: float = 1e-8
-    relative_eps: float = 0.01
-    bias_correction: bool = True
-    moments: str = "gradient"
-
-    def __post_init__(self) -> None:
-        self._check(
-            decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
-            eps=(0.0 <= self.eps < math.inf, "finite and not negative"),
-            relative_eps=(0.0 <= self.relative_eps < math.inf, "finite and not negative"),
-        )
-
-    def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
-        """``row`` (O,) and ``column`` (I,); ``square_avg`` for one dimension."""
-        if len(site.shape) < 2:
-            return {"square_avg": like.new_zeros(site.shape)}
-        return {"row": like.new_zeros(site.shape[0]), "column": like.new_zeros(math.prod(site.shape[1:]))}
-
-    def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
-        """Moments of the batch at hand included."""
-        d = moment.direction.to(moment.dtype)
-        square = d * d
-        correction = 1 - self.decay**moment.step if self.bias_correction else 1.0
-
-        def average(slot: str, fresh: Tensor) -> Tensor:
-            new[slot] = state[slot] * self.decay + (1 - self.decay) * fresh
-            return new[slot] / correction
-
-        new: dict[str, Tensor] = {}
-        if d.dim() < 2:
-            v = average("square_avg", square)
-            return _Elementwise((v + self._floor(v)).sqrt()), new
-        square = square.flatten(1)
-        row, column = average("row", square.mean(1)), average("column", square.mean(0))
-        floor = self._floor(row)
-        mean = row.mean() + floor
-        return _Outer(((row + floor) / mean).sqrt(), (column + floor).sqrt()), new
-
-    def _floor(self, v: Tensor) -> Tensor:
-        return self.relative_eps**2 * v.mean() + self.eps**2
-
-
-# -- Kronecker ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kronecker(_Base):
+class Kronecker(Base):
     """M = (A + pi sqrt(damping) I) (x) (G + sqrt(damping) / pi I), A = E[x x^T], G = E[V_h V_h^T]: KFAC, damped.
 
     For weights of linear layers, convolutions (a factor pair a group) and embeddings (A is diagonal: the counts). A
@@ -167,7 +38,7 @@ class Kronecker(_Base):
     moments: str = "gradient"
 
     def __post_init__(self) -> None:
-        self._check(
+        self.check(
             decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
             damping=(0.0 < self.damping < math.inf, "positive and finite"),
             max_size=(self.max_size >= 0, "not negative"),
@@ -184,7 +55,7 @@ class Kronecker(_Base):
         if "F" in new:
             factor = new["F"] / correction
             if not _is_full(moment.site, self.max_size):
-                return _Elementwise(factor + self.damping), new
+                return Elementwise(factor + self.damping), new
             return _Dense(_root(factor + self.damping * _eye(factor)), moment.site.shape), new
         g, a = new["G"] / correction, new["A"] / correction
         diagonal = _diagonal_sides(moment.site, self.max_size)
@@ -202,7 +73,7 @@ class Kronecker(_Base):
 
 
 @dataclass(frozen=True)
-class EigenKronecker(_Base):
+class EigenKronecker(Base):
     """M = U diag(s + damping) U^T, U the eigenbases of KFAC's factors, s the second moments in them: EKFAC.
 
     s is averaged in every step; the bases are renewed after the first step and after every ``refresh`` steps, outside
@@ -224,7 +95,7 @@ class EigenKronecker(_Base):
     moments: str = "gradient"
 
     def __post_init__(self) -> None:
-        self._check(
+        self.check(
             decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
             damping=(0.0 < self.damping < math.inf, "positive and finite"),
             refresh_every=(self.refresh_every >= 1, "at least 1"),
@@ -248,7 +119,7 @@ class EigenKronecker(_Base):
         new = _averaged(moment, state, self.decay, self.max_size)
         correction = 1 - self.decay**moment.step
         if "F" in new and "UF" not in state:
-            return _Elementwise(new["F"] / correction + self.damping), new
+            return Elementwise(new["F"] / correction + self.damping), new
         bases = {k: state[k] for k in ("UG", "UA", "UF") if k in state}
         rotation = _Rotation(bases, moment.site)
         rotated = rotation.into(moment.samples)
@@ -320,42 +191,6 @@ def _mean_eigenvalue(factor: Tensor, *, full: bool) -> Tensor:
 def _root(matrix: Tensor) -> Tensor:
     """Lower Cholesky factor; not finite (and so a step that changes nothing) where there is none."""
     return torch.linalg.cholesky_ex(matrix)[0]
-
-
-# -- metrics ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Elementwise:
-    """M = diag(scale), of the parameter's shape."""
-
-    scale: Tensor
-    sides: None = None
-
-    def solve(self, direction: Tensor) -> Tensor:
-        return direction.to(self.scale.dtype) / self.scale
-
-    def whiten(self, columns: Tensor) -> Tensor:
-        return columns.to(self.scale.dtype) * self.scale.rsqrt()
-
-
-@dataclass(frozen=True)
-class _Outer:
-    """M = diag(rows) (x) diag(columns)."""
-
-    rows: Tensor
-    columns: Tensor
-
-    @property
-    def sides(self) -> tuple[Map, Map]:
-        return lambda h: h * self.rows.rsqrt(), lambda x: x * self.columns.rsqrt()
-
-    def solve(self, direction: Tensor) -> Tensor:
-        flat = direction.to(self.rows.dtype).flatten(1)
-        return (flat / (self.rows[:, None] * self.columns)).reshape(direction.shape)
-
-    def whiten(self, columns: Tensor) -> Tensor:
-        return columns.to(self.rows.dtype).flatten(3) * (self.rows[:, None] * self.columns).rsqrt()
 
 
 @dataclass(frozen=True)
@@ -458,54 +293,3 @@ class _Rotated:
 
     def whiten(self, columns: Tensor) -> Tensor:
         return self.rotation.into(columns.to(self.scale.dtype)) * self.scale.rsqrt()
-
-
-# -- names --------------------------------------------------------------------------------------------
-
-NAMED: dict[str, type[Any]] = {
-    "diagonal": Diagonal,
-    "factored": Factored,
-    "kronecker": Kronecker,
-    "eigen-kronecker": EigenKronecker,
-}
-
-
-def make(preconditioner: Any, **options: Any) -> Preconditioner | None:
-    """The object behind ``DDPNOpt``'s argument; None for the identity.
-
-    Args:
-        preconditioner: a name, or an object.
-        **options: of the object that a name stands for.
-
-    Raises:
-        ValueError: an unknown name.
-        TypeError: an object without the methods of a preconditioner, which are named.
-    """
-    if isinstance(preconditioner, str):
-        if preconditioner == "identity":
-            return None
-        if preconditioner not in NAMED:
-            raise ValueError(
-                f"DDPNOpt: preconditioner={preconditioner!r} is not known; choose one of 'identity', "
-                f"{', '.join(map(repr, NAMED))}, or give an object of ddpn_fx.preconditioners"
-            )
-        made: Preconditioner = NAMED[preconditioner](**options)
-        return made
-    missing = [n for n in ("moments", "state", "metric", "refresh") if not hasattr(preconditioner, n)]
-    if missing or isinstance(preconditioner, type):
-        what = "is a class, not an object of it" if isinstance(preconditioner, type) else f"has no {missing[0]}"
-        raise TypeError(
-            f"DDPNOpt: preconditioner={preconditioner!r} {what}; it needs moments, state, metric and refresh "
-            "as ddpn_fx.passes.metric.Preconditioner says"
-        )
-    if preconditioner.moments not in MOMENTS:
-        raise ValueError(f"DDPNOpt: preconditioner.moments={preconditioner.moments!r} must be one of {MOMENTS}")
-    found: Preconditioner = preconditioner
-    return found
-
-
-def options(preconditioner: Preconditioner | None) -> dict[str, Any]:
-    """The numbers of a preconditioner, for people."""
-    if preconditioner is None or not hasattr(preconditioner, "__dataclass_fields__"):
-        return {}
-    return {f.name: getattr(preconditioner, f.name) for f in fields(preconditioner)}  # type: ignore[arg-type]
