@@ -49,7 +49,7 @@ class DDPNOpt(Optimizer):
         decoupled: weight decay as AdamW's.
         momentum: as ``torch.optim.SGD``'s, on the direction Gamma omega.
         beta1: Adam's bias-corrected average of the direction.
-        tikhonov: eps_V of Alg. 3.
+        tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
 
     Raises:
         TypeError: ``net`` is no compiled module.
@@ -103,7 +103,7 @@ class DDPNOpt(Optimizer):
         )
         self.net = net
         self.coupling, self.quu, self.rollout = coupling, quu, rollout
-        self.feedback, self.decoupled, self.beta1 = feedback, decoupled, float(beta1)
+        self.feedback, self.decoupled, self.beta1, self.tikhonov = feedback, decoupled, float(beta1), float(tikhonov)
         self.gain, self.trust = gain, trust
         check_loop(self.gain, self.trust)
         self.stats: dict[str, Tensor] = {}
@@ -355,6 +355,7 @@ class DDPNOpt(Optimizer):
             fold=folds
             and self.quu == "gauss-newton"
             and self.rollout == "linear"
+            and not self.tikhonov
             and (self.preconditioner is None or self.preconditioner.moments == "gradient"),
             trust=not no_trust,
             group=group,
@@ -363,6 +364,7 @@ class DDPNOpt(Optimizer):
             momentum=tuple(bool(float(g["momentum"])) for g in self.param_groups),
             average=bool(self.beta1),
             preconditioner=self.preconditioner,
+            tikhonov=bool(self.tikhonov),
         )
 
     def _new_vector(self, like: Tensor) -> Tensor:
@@ -373,7 +375,11 @@ class DDPNOpt(Optimizer):
         for group in self.param_groups:
             check_group(group, self.beta1)
         return Hyper.pack(
-            float(self.gain), float("inf") if self.trust is None else float(self.trust), self.beta1, self.param_groups
+            float(self.gain),
+            float("inf") if self.trust is None else float(self.trust),
+            self.beta1,
+            self.tikhonov,
+            self.param_groups,
         )
 
     def _hyper_vector(self, params: Mapping[str, nn.Parameter]) -> Tensor:
@@ -418,6 +424,7 @@ class DDPNOpt(Optimizer):
             "feedback",
             "decoupled",
             "beta1",
+            "tikhonov",
             "gain",
             "trust",
             "_factor",

@@ -11,7 +11,6 @@ from torch import Tensor
 from ddpn_fx.module import CompiledModule
 
 GROUP_KEYS = ("lr", "weight_decay", "momentum")
-_LATER = {"tikhonov": "tikhonov (eps_V) does not exist so far; leave it at 0.0"}
 
 
 def check_arguments(
@@ -44,8 +43,8 @@ def check_arguments(
     for name, flag in (("feedback", feedback), ("decoupled", decoupled)):
         if not isinstance(flag, bool):
             raise ValueError(f"DDPNOpt: {name}={flag!r} must be True or False")
-    if tikhonov != 0.0:
-        raise ValueError(f"DDPNOpt: tikhonov={tikhonov!r}: {_LATER['tikhonov']}")
+    if not 0.0 <= number("tikhonov", tikhonov) < math.inf:
+        raise ValueError(f"DDPNOpt: tikhonov={tikhonov!r} must be finite and not negative")
     for name, value in (("curvature", curvature), ("loss_floor", loss_floor)):
         if value is not None and not math.isfinite(number(name, value)):
             rule = "positive and finite (an upper bound of the loss's Hessian in x_T)"

@@ -19,7 +19,7 @@ from ddpn_fx.passes import bellman
 from ddpn_fx.passes import loss as losses
 from ddpn_fx.passes.gamma import Gamma, Gammas
 from ddpn_fx.passes.ir import Chain, Stage
-from ddpn_fx.passes.linearize import pullback
+from ddpn_fx.passes.linearize import pullback, real
 from ddpn_fx.passes.metric import Metric, Moment, sites
 from ddpn_fx.passes.mode import Hyper, Mode, slots_of, state_key
 from ddpn_fx.passes.provenance import origin
@@ -243,7 +243,11 @@ def _solve(
     state: Mapping[str, Tensor],
 ) -> None:
     """From the last stage to the first: the metric, K_t and v_t, the policy; or one solve for all."""
-    row = (bellman.PreconditionerRow if mode.quu == "preconditioner" else bellman.GaussNewton)(result.terminal)
+    row: bellman.PreconditionerRow | bellman.GaussNewton | bellman.ExplicitGaussNewton
+    if mode.quu == "preconditioner":
+        row = bellman.PreconditionerRow(result.terminal)
+    else:
+        row = (bellman.ExplicitGaussNewton if mode.tikhonov else bellman.GaussNewton)(result.terminal)
     metrics = None if mode.preconditioner is None else _Metrics(chain, mode, trajectory, result, hyper, state)
     weighted = result.blocks.merge(result.terminal.b) * result.weight
     for stage in reversed(chain.stages):
@@ -257,8 +261,21 @@ def _solve(
         if not mode.fold:
             with origin({"role": "solve", "stage": stage.index}):
                 result.policies.insert(0, row.step(gram, decay))
+                if mode.tikhonov and stage.index:
+                    assert not isinstance(row, bellman.GaussNewton)
+                    z = _columns_of(result.states[stage.index], result)
+                    row.regularize(hyper.tikhonov * bellman.projection(z, result.blocks))
     if mode.fold:
         with origin({"role": "solve"}):
             result.folded = bellman.folded(result.grams, result.decay, result.terminal)
     elif row.clamps is not None:
         result.clamps = row.clamps if result.clamps is None else result.clamps + row.clamps
+
+
+def _columns_of(state: Mapping[fx.Node, Tensor], result: Linearization) -> Tensor:
+    """The cotangents of a state as (B, R, D)."""
+    blocks, dtype = result.blocks, result.gammas.dtype
+    parts = [
+        real(z).to(dtype).reshape(blocks.columns, blocks.batch, -1).transpose(0, 1) for z in state.values() if z.numel()
+    ]
+    return torch.cat(parts, -1) if parts else result.weight.new_zeros(blocks.batch, blocks.columns, 1)

@@ -17,6 +17,9 @@ weight, padding, a column without curvature).
 Preconditioner row (the paper's): ``C_t = C - C K C``, ``b_t = b - C K b - C v``, C and b those of
 t+1. That is not positive semidefinite once an eigenvalue of ``H = E^T K E`` (C = E E^T) exceeds 1;
 then the eigenvalue of ``I - H`` is clamped at 0, and counted: C_t = E max(I - H, 0) E^T.
+
+With ``tikhonov`` = eps_V (Alg. 3: V_xx + eps_V I), C_t + eps_V (Z_t^T Z_t)^+ is what stage t - 1 sees, the
+pseudoinverse taken sample by sample: eps_V I projected on what the sample's columns span.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ddpn_fx.passes.rules import Blocks
 
 
 @dataclass
@@ -165,6 +170,60 @@ class PreconditionerRow:
         self.b = b if decay is None else b - matvec(matrix, decay)
         self.root = left * (1.0 - values).clamp(min=0.0).sqrt()[..., None, :] @ vectors.mT
         return policy
+
+    def regularize(self, term: Tensor) -> None:
+        """Add a (G, n, n) term to C_t."""
+        values, vectors = _eigh(self.root @ self.root.mT + term)
+        self.root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
+
+
+class ExplicitGaussNewton:
+    """The Gauss-Newton row with C itself carried along, which eps_V can be added to.
+
+    Attributes:
+        b: (G, n), b_{t+1} before the step of stage t, b_t after it.
+        clamps: None: nothing is clamped.
+    """
+
+    clamps: Tensor | None = None
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.b, self.C = terminal.b, torch.diag_embed(terminal.curved)
+
+    def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
+        """``C_t = (I + C K)^-1 C``, ``b_t = (I + C K)^-1 (b - C v)``."""
+        b = self.b if decay is None else self.b - matvec(self.C, decay)
+        eye = torch.eye(self.C.shape[-1], dtype=b.dtype, device=b.device)
+        solved = torch.linalg.solve_ex(eye + self.C @ gram, torch.cat([self.C, b[..., None]], -1))[0]
+        self.C, self.b = solved[..., :-1], solved[..., -1]
+        return Policy(self.b, self.C)
+
+    def regularize(self, term: Tensor) -> None:
+        """Add a (G, n, n) term to C_t."""
+        self.C = self.C + term
+
+
+def projection(z: Tensor, blocks: Blocks) -> Tensor:
+    """What the identity over states is in sample space: ``(Z_i^T Z_i)^+`` of each sample, (G, n, n) (DESIGN 2.3).
+
+    Args:
+        z: (B, R, D), the cotangents of a state.
+        blocks: the blocks of the coupling.
+    """
+    gram = z @ z.mT
+    if blocks.columns == 1:
+        inverse = torch.where(
+            gram > 0, 1.0 / torch.where(gram > 0, gram, torch.ones_like(gram)), torch.zeros_like(gram)
+        )
+    else:
+        finite = gram.isfinite().all()
+        rtol = 1e-9 if gram.dtype == torch.float64 else 1e-5
+        inverse = torch.linalg.pinv(torch.where(finite, gram, torch.zeros_like(gram)), rtol=rtol, hermitian=True)
+        inverse = torch.where(finite, inverse, torch.full_like(inverse, torch.nan))
+    own = blocks.split(inverse)  # (G, g, R, R)
+    same = torch.eye(blocks.group, dtype=own.dtype, device=own.device)
+    spread = own[:, :, :, None, :] * same[:, None, :, None]
+    return spread.reshape(blocks.count, blocks.size, blocks.size)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ddpn_fx.passes import bellman
 from ddpn_fx.passes.backward import Linearization, exact
 from ddpn_fx.passes.gamma import Gammas
 from ddpn_fx.passes.ir import Chain, Kind, Stage
-from ddpn_fx.passes.linearize import Env, Parameters, forward
+from ddpn_fx.passes.linearize import Env, Parameters, forward, real
 from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode, state_key
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory
@@ -121,8 +121,8 @@ class Rollout:
         dtype = linear.terminal.beta.dtype
         total = torch.zeros(batch, columns, dtype=dtype, device=linear.weight.device)
         for node, z in linear.states[stage.index].items():
-            dx = _real(env[node] - self.trajectory.env[node]).to(dtype).reshape(batch, -1)
-            total = total + torch.einsum("rbd,bd->br", _real(z).to(dtype).reshape(columns, batch, -1), dx)
+            dx = real(env[node] - self.trajectory.env[node]).to(dtype).reshape(batch, -1)
+            total = total + torch.einsum("rbd,bd->br", real(z).to(dtype).reshape(columns, batch, -1), dx)
         for gamma in linear.gammas.of(self.changes):
             later = gamma.inner(self.changes[gamma.name], first_stage=stage.index)
             total = total if later is None else total + later.to(dtype)
@@ -183,8 +183,3 @@ class Rollout:
         clamps = zero if self.linear.clamps is None else self.linear.clamps.to(zero.dtype)
         skipped = (~(finite & loss.isfinite()) | (fault > 0)).to(zero.dtype)
         return dict(zip(STATISTICS, (loss, predicted, max_y, clamps, clipped, skipped, fault), strict=True))
-
-
-def _real(t: Tensor) -> Tensor:
-    """A complex tensor as pairs of real numbers: the inner product of cotangent and displacement is real."""
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t

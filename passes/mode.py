@@ -82,6 +82,7 @@ class Mode:
         momentum: for each group whether it has a momentum buffer.
         average: whether directions are averaged with beta1.
         preconditioner: what makes M; None for the identity.
+        tikhonov: whether eps_V is added.
     """
 
     terminal: TerminalFactor
@@ -97,6 +98,7 @@ class Mode:
     momentum: tuple[bool, ...]
     average: bool
     preconditioner: Preconditioner | None = None
+    tikhonov: bool = False
 
     @property
     def buffer(self) -> str:
@@ -122,18 +124,21 @@ class Hyper:
     gain: Tensor
     trust: Tensor
     beta1: Tensor
+    tikhonov: Tensor
     lr: tuple[Tensor, ...]
     weight_decay: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
 
     @staticmethod
-    def pack(gain: float, trust: float, beta1: float, groups: Sequence[Mapping[str, Any]]) -> list[float]:
-        """The vector of numbers: gain, trust, beta1, then lr, weight_decay, momentum of each group."""
+    def pack(
+        gain: float, trust: float, beta1: float, tikhonov: float, groups: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
+        """The vector of numbers: gain, trust, beta1, tikhonov, then lr, weight_decay, momentum of each group."""
         rows = [float(g[k]) for g in groups for k in ("lr", "weight_decay", "momentum")]
-        return [float(gain), float(trust), float(beta1), *rows]
+        return [float(gain), float(trust), float(beta1), float(tikhonov), *rows]
 
     @classmethod
     def unpack(cls, vector: Tensor) -> Hyper:
         """The inverse of :meth:`pack`."""
         values = vector.unbind()
-        return cls(values[0], values[1], values[2], values[3::3], values[4::3], values[5::3])
+        return cls(*values[:4], values[4::3], values[5::3], values[6::3])
