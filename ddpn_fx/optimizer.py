@@ -374,13 +374,8 @@ class DDPNOpt(Optimizer):
         check_loop(self.gain, self.trust)
         for group in self.param_groups:
             check_group(group, self.beta1)
-        return Hyper.pack(
-            float(self.gain),
-            float("inf") if self.trust is None else float(self.trust),
-            self.beta1,
-            self.tikhonov,
-            self.param_groups,
-        )
+        trust = math.inf if self.trust is None else float(self.trust)
+        return Hyper.pack(float(self.gain), trust, self.beta1, self.tikhonov, self.param_groups)
 
     def _hyper_vector(self, params: Mapping[str, nn.Parameter]) -> Tensor:
         """The numbers of the step on the device, sent anew only when one has changed."""

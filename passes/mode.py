@@ -141,4 +141,5 @@ class Hyper:
     def unpack(cls, vector: Tensor) -> Hyper:
         """The inverse of :meth:`pack`."""
         values = vector.unbind()
-        return cls(*values[:4], values[4::3], values[5::3], values[6::3])
+        gain, trust, beta1, tikhonov = values[:4]
+        return cls(gain, trust, beta1, tikhonov, values[4::3], values[5::3], values[6::3])

@@ -38,11 +38,7 @@ RECURSIONS = {
     "tikhonov": {"tikhonov": 0.02},
     "tikhonov-nonlinear": {"tikhonov": 0.02, "rollout": "nonlinear", "coupling": 3, "lr": 0.3},
     "tikhonov-paper": {
-        "tikhonov": 0.01,
-        "quu": "preconditioner",
-        "coupling": "sample",
-        "rollout": "nonlinear",
-        "lr": 0.05,
+        **{"tikhonov": 0.01, "quu": "preconditioner", "coupling": "sample", "rollout": "nonlinear", "lr": 0.05}
     },
     "tikhonov-preconditioner": {"tikhonov": 0.01, "quu": "preconditioner", "lr": 0.05},
     "open": {"feedback": False, "lr": 0.1},
