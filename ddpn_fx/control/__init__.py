@@ -5,8 +5,9 @@
     result = control.solve(f, stage_cost, terminal_cost, x0, us)
 
 `solve` takes the three functions of a problem, :class:`Solver` keeps their graphs for many solves, and `backward_pass`
-is Alg. 1's recursion alone, for a program that has the derivatives of a chain by its own means. One file holds one idea:
-``derivatives``, ``backward``, ``rollout`` and ``schedule`` the mathematics, ``programs`` the graphs, ``solver`` the loop.
+is the recursion of Alg. 1 alone, for a program that has the derivatives of a chain by its own means. One file holds one
+idea: ``derivatives``, ``backward``, ``rollout`` and ``schedule`` the mathematics, ``programs`` the graphs, ``solver``
+the loop.
 """
 
 from ddpn_fx.control.backward import Policy, Quadratic, Stage, backward_pass, quadratic_model

@@ -22,6 +22,7 @@ from torch.func import grad, jacrev, vmap
 Dynamics = Callable[[Tensor, Tensor, Tensor], Tensor]
 StageCost = Callable[[Tensor, Tensor, Tensor], Tensor]
 TerminalCost = Callable[[Tensor], Tensor]
+PerStage = Tensor | Sequence[Tensor]
 
 
 class Expansion(NamedTuple):
@@ -42,13 +43,13 @@ class Expansion(NamedTuple):
         Vxx: (..., n, n): its Hessian.
     """
 
-    fx: Sequence[Tensor]
-    fu: Sequence[Tensor]
-    lx: Sequence[Tensor]
-    lu: Sequence[Tensor]
-    lxx: Sequence[Tensor]
-    lux: Sequence[Tensor]
-    luu: Sequence[Tensor]
+    fx: PerStage
+    fu: PerStage
+    lx: PerStage
+    lu: PerStage
+    lxx: PerStage
+    lux: PerStage
+    luu: PerStage
     Vx: Tensor
     Vxx: Tensor
 
@@ -113,7 +114,10 @@ def curvature(f: Dynamics, x: Tensor, u: Tensor, t: Tensor, Vx: Tensor) -> Curva
     n = x.shape[-1]
 
     def one(z: Tensor, t: Tensor, Vx: Tensor) -> Tensor:
-        return jacrev(grad(lambda z: Vx @ f(z[:n], z[n:], t)))(z)
+        def along(z: Tensor) -> Tensor:
+            return Vx @ f(z[:n], z[n:], t)
+
+        return jacrev(grad(along))(z)
 
     H = vmap(one)(torch.cat([x, u], dim=-1), t, Vx)
     return Curvature(H[:, :n, :n], H[:, n:, :n], H[:, n:, n:])

@@ -71,7 +71,7 @@ class Programs:
         self.second_order = second_order
         self._compile = compile
         with named("control.solve"):
-            like = {"dtype": s.dtype, "device": s.device}
+            like: dict[str, Any] = {"dtype": s.dtype, "device": s.device}
             ts = torch.arange(s.T, device=s.device)
             self._ts_B = ts[:, None].repeat(1, s.B)
             self._ts_AB = ts[:, None, None].repeat(1, s.A, s.B)
@@ -119,7 +119,7 @@ class Programs:
 
     def backward(self, expansion: Expansion, xs: Tensor, us: Tensor, mu_u: Tensor, mu_x: Tensor) -> Policy:
         """The backward pass at regularisations (B,)."""
-        stages = list(zip(*(part.unbind() for part in expansion[:7]), strict=True))
+        stages = list(zip(*(list(part) for part in expansion[:7]), strict=True))
         x, u, ts = xs.unbind(), us.unbind(), self._ts_B.unbind()
 
         def step(t: int, value: Value) -> tuple[Value, Tensor, Tensor]:
@@ -131,7 +131,7 @@ class Programs:
     def rollout(
         self, xs: Tensor, us: Tensor, k: Tensor, K: Tensor, step_sizes: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """All candidates from xs[0]: states (T + 1, A, B, n), controls (T, A, B, m), and :func:`stage_costs` of them."""
+        """All candidates from xs[0]: states (T + 1, A, B, n), controls (T, A, B, m), their :func:`stage_costs`."""
         xhat = xs[0].expand(self.sizes.A, -1, -1).contiguous()
         states, controls = [xhat], []
         rows = zip(xs[:-1].unbind(), us.unbind(), k.unbind(), K.unbind(), self._ts_AB.unbind(), strict=True)

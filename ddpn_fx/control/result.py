@@ -100,9 +100,8 @@ def line(iteration: int, row: Tensor, batched: bool = False) -> str:
     the others.
     """
     values = [column[~column.isnan()] for column in row]
-    cost, expected, step, mu, gradient = (
-        (reduce(column).item() if column.numel() else float("nan"))
-        for reduce, column in zip((torch.mean, torch.max, torch.min, torch.max, torch.max), values, strict=True)
-    )
-    running = f"{len(values[0]):>9}" if batched else ""
-    return f"{iteration:>9}{running}{cost:>16.9g}" + "".join(f"{v:>16.3g}" for v in (expected, step, mu, gradient))
+    values = [column if len(column) else torch.full((1,), torch.nan) for column in values]
+    cost, expected, step, mu, gradient = values
+    numbers = (expected.max().item(), step.min().item(), mu.max().item(), gradient.max().item())
+    running = f"{int((~row[0].isnan()).sum()):>9}" if batched else ""
+    return f"{iteration:>9}{running}{cost.mean().item():>16.9g}" + "".join(f"{number:>16.3g}" for number in numbers)

@@ -15,10 +15,8 @@ Shapes: A step sizes, B problems, T stages, n state, m control.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +24,12 @@ from torch import Tensor
 from ddpn_fx.control import schedule
 from ddpn_fx.control.backward import Policy, expected_improvement
 from ddpn_fx.control.derivatives import Dynamics, StageCost, TerminalCost
-from ddpn_fx.control.problem import CALL, Problem, check_functions, check_start, problem
+from ddpn_fx.control.options import STEP_SIZES, check_options, check_step_sizes
+from ddpn_fx.control.problem import Problem, check_functions, check_start, problem
 from ddpn_fx.control.programs import Compile, Programs, Sizes
-from ddpn_fx.control.result import COLUMNS, History, Solution, heading, line
+from ddpn_fx.control.report import Report
+from ddpn_fx.control.result import Solution
 
-log = logging.getLogger(__name__)
-
-STEP_SIZES = tuple(10.0 ** (-0.3 * i) for i in range(11))  # 1 to 0.001, those of Tassa's own code
-REGULARIZE = ("control", "state", "both")
 # A sum of T costs is known to about this many units of rounding of the sum of their absolute values.
 _ROUNDING = 16.0
 
@@ -82,8 +78,8 @@ class Solver:
         compile: Compile = False,
         verbose: bool = False,
     ) -> None:
-        _check_options(regularization, max_iterations, tolerance, regularize, regularization_max, armijo, compile)
-        self.step_sizes = _check_step_sizes(step_sizes)
+        check_options(regularization, max_iterations, tolerance, regularize, regularization_max, armijo, compile)
+        self.step_sizes = check_step_sizes(step_sizes)
         self.f, self.stage_cost, self.terminal_cost = f, stage_cost, terminal_cost
         self.second_order = bool(second_order)
         self.regularization = float(regularization)
@@ -120,7 +116,7 @@ class Solver:
         programs = self._programs_for(p)
         step_sizes = torch.tensor(self.step_sizes, dtype=p.us.dtype, device=p.us.device)
         state = self._begin(programs, p, step_sizes)
-        report = _Report(self.verbose, p.batched)
+        report = Report(self.verbose, p.batched)
         expansion = None
         for i in range(self.max_iterations + 1):
             if expansion is None:
@@ -216,7 +212,7 @@ class Solver:
         state.mu = torch.where(failed, mu, state.mu)
         state.delta = torch.where(failed, delta, state.delta)
 
-    def _solution(self, state: _State, report: _Report, batched: bool) -> Solution:
+    def _solution(self, state: _State, report: Report, batched: bool) -> Solution:
         converged, active = state.converged.tolist(), state.active.tolist()
         status = [
             "converged" if done else "iteration limit" if runs else "regularization limit"
@@ -232,45 +228,6 @@ class Solver:
             solution = Solution(xs, us, state.cost[0], k, K, int(state.iterations[0]), converged[0], status[0], history)
         report.close(str(solution))
         return solution
-
-
-class _Report:
-    """The log while it grows: rows are complete, and printed, once the next iteration has told their step size."""
-
-    def __init__(self, verbose: bool, batched: bool) -> None:
-        self.verbose, self.batched = verbose, batched
-        self.rows: list[Tensor] = []  # (columns, B)
-        self._say(heading(batched))
-
-    def add(self, row: Tensor) -> None:
-        """Append a row whose step size is that of the row before it."""
-        step = COLUMNS.index("step_size")
-        if self.rows:
-            last = self.rows[-1]
-            last[step] = torch.where(last[0].isnan(), torch.nan, row[step])
-            self._tell()
-        row = row.clone()
-        row[step] = torch.where(row[0].isnan(), torch.nan, 0.0)
-        self.rows.append(row)
-
-    def close(self, summary: str) -> None:
-        """Print the last row and the outcome."""
-        self._tell()
-        self._say(summary)
-
-    def history(self) -> History:
-        """The rows as columns."""
-        columns = torch.stack(self.rows, dim=1)
-        return History(*(columns if self.batched else columns[..., 0]))
-
-    def _tell(self) -> None:
-        if self.verbose or log.isEnabledFor(logging.DEBUG):
-            self._say(line(len(self.rows) - 1, self.rows[-1], self.batched))
-
-    def _say(self, text: str) -> None:
-        if self.verbose:
-            print(text)
-        log.debug("%s", text)
 
 
 def solve(
@@ -346,39 +303,3 @@ def solve(
         verbose=verbose,
     )
     return solver(x0, us)
-
-
-def _check_options(
-    regularization: Any,
-    max_iterations: Any,
-    tolerance: Any,
-    regularize: Any,
-    regularization_max: Any,
-    armijo: Any,
-    compile: Any,
-) -> None:
-    for name, value in (("regularization", regularization), ("tolerance", tolerance)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
-            raise ValueError(f"{CALL}: {name}={value!r} must be a finite number, 0 or more")
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 0:
-        raise ValueError(f"{CALL}: max_iterations={max_iterations!r} must be an integer, 0 or more")
-    if regularize not in REGULARIZE:
-        raise ValueError(
-            f"{CALL}: regularize={regularize!r} is not known; choose one of {', '.join(map(repr, REGULARIZE))}"
-        )
-    if not isinstance(regularization_max, (int, float)) or not regularization_max >= max(regularization, 0.0):
-        raise ValueError(
-            f"{CALL}: regularization_max={regularization_max!r} must be a number, and not below "
-            f"regularization={regularization!r}"
-        )
-    if isinstance(armijo, bool) or not isinstance(armijo, (int, float)) or not 0.0 <= armijo < 0.5:
-        raise ValueError(f"{CALL}: armijo={armijo!r} must be in [0, 0.5): from 0.5 on Newton's own step can fail")
-    if not isinstance(compile, (bool, str)):
-        raise ValueError(f"{CALL}: compile={compile!r} must be True, False or the name of a torch.compile backend")
-
-
-def _check_step_sizes(step_sizes: Any) -> tuple[float, ...]:
-    sizes = tuple(float(size) for size in step_sizes)
-    if not sizes or not all(0.0 < size <= 1.0 for size in sizes) or any(a <= b for a, b in zip(sizes, sizes[1:])):
-        raise ValueError(f"{CALL}: step_sizes={sizes} must be numbers in (0, 1], the largest first, none twice")
-    return sizes
