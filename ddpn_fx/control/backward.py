@@ -187,43 +187,46 @@ def quadratic_model(stage: Stage, Vx: Tensor, Vxx: Tensor, curvature: Curvature 
     Quu = stage.luu + fuT @ Vxx @ stage.fu
     if curvature is not None:
         Qxx, Qux, Quu = Qxx + curvature.xx, Qux + curvature.ux, Quu + curvature.uu
-    return Quadratic(Qx, Qu, symmetric(Qxx), Qux, symmetric(Quu))
+    return Quadratic(Qx, Qu, Qxx, Qux, Quu)
 
 
 def backward_step(
-    stage: Stage, value: Value, mu_u: Tensor, mu_x: Tensor, curvature: Curvature | None = None
+    stage: Stage, value: Value, mu_u: Tensor | None, mu_x: Tensor | None, curvature: Curvature | None = None
 ) -> tuple[Value, Tensor, Tensor]:
     """One stage of the recursion: the value function at t, and the gains k (..., m) and K (..., m, n).
 
     Args:
         stage: derivatives at t.
         value: of t + 1.
-        mu_u: (...), or 0-d.
-        mu_x: (...), or 0-d.
+        mu_u: on the controls, (...) or 0-d; None: none.
+        mu_x: on the states, likewise.
         curvature: of the dynamics at t, contracted with value.Vx; None: iLQR.
     """
     Q = quadratic_model(stage, value.Vx, value.Vxx, curvature)
-    eye = torch.eye(Q.Quu.shape[-1], dtype=Q.Quu.dtype, device=Q.Quu.device)
-    pull = mu_x[..., None, None] * stage.fu.mT
-    factor, info = torch.linalg.cholesky_ex(Q.Quu + mu_u[..., None, None] * eye + pull @ stage.fu)
-    usable = value.ok & (info == 0) & factor.isfinite().all(-1).all(-1)
-    # A factor that failed holds anything; the identity in its place keeps the solve finite until `where` drops it.
-    factor = torch.where(usable[..., None, None], factor, eye)
-    gains = -torch.cholesky_solve(torch.cat([Q.Qu[..., None], Q.Qux + pull @ stage.fx], dim=-1), factor)
+    Quu, Qux = Q.Quu, Q.Qux
+    if mu_u is not None:
+        Quu = Quu + mu_u[..., None, None] * torch.eye(Quu.shape[-1], dtype=Quu.dtype, device=Quu.device)
+    if mu_x is not None:
+        pull = mu_x[..., None, None] * stage.fu.mT
+        Quu, Qux = Quu + pull @ stage.fu, Qux + pull @ stage.fx
+    # A factor that failed holds anything: what follows from it is computed all the same, and dropped by `where`.
+    factor, info = torch.linalg.cholesky_ex(Quu)
+    gains = -torch.cholesky_solve(torch.cat([Q.Qu[..., None], Qux], dim=-1), factor)
     k, K = gains[..., 0], gains[..., 1:]
 
     Quu_k = matvec(Q.Quu, k)
     Vx = Q.Qx + matvec(K.mT, Quu_k + Q.Qu) + matvec(Q.Qux.mT, k)
     cross = K.mT @ Q.Qux
-    Vxx = Q.Qxx + K.mT @ Q.Quu @ K + cross + cross.mT
+    Vxx = symmetric(Q.Qxx + K.mT @ Q.Quu @ K + cross + cross.mT)
     linear, quadratic = (k * Q.Qu).sum(-1), (k * Quu_k).sum(-1)
 
-    finite = Vx.isfinite().all(-1) & Vxx.isfinite().all(-1).all(-1) & gains.isfinite().all(-1).all(-1)
-    ok = usable & finite
+    # One sum is enough to find a number that is not finite.
+    finite = (Vx.sum(-1) + Vxx.sum((-2, -1)) + gains.sum((-2, -1))).isfinite()
+    ok = value.ok & (info == 0) & finite
     row, block = ok[..., None], ok[..., None, None]
     value = Value(
         torch.where(row, Vx, 0.0),
-        torch.where(block, symmetric(Vxx), 0.0),
+        torch.where(block, Vxx, 0.0),
         value.linear + torch.where(ok, linear, 0.0),
         value.quadratic + torch.where(ok, quadratic, 0.0),
         torch.maximum(value.gradient, torch.where(ok, Q.Qu.abs().amax(-1), 0.0)),

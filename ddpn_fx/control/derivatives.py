@@ -90,7 +90,8 @@ def expand(
         def cost(z: Tensor) -> Tensor:
             return stage_cost(z[:n], z[n:], t)
 
-        fx, fu = jacrev(f, argnums=(0, 1))(x, u, t)
+        # t stays a closed-over value: as an argument of jacrev it would be wrapped, and `table[t]` could not unwrap it.
+        fx, fu = jacrev(lambda x, u: f(x, u, t), argnums=(0, 1))(x, u)
         z = torch.cat([x, u])
         lz, lzz = grad(cost)(z), jacrev(grad(cost))(z)
         return fx, fu, lz[:n], lz[n:], lzz[:n, :n], lzz[n:, :n], lzz[n:, n:]

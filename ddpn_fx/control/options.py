@@ -41,8 +41,8 @@ def check_options(
         )
     if isinstance(armijo, bool) or not isinstance(armijo, (int, float)) or not 0.0 <= armijo < 0.5:
         raise ValueError(f"{CALL}: armijo={armijo!r} must be in [0, 0.5): from 0.5 on Newton's own step can fail")
-    if not isinstance(compile, (bool, str)):
-        raise ValueError(f"{CALL}: compile={compile!r} must be True, False or the name of a torch.compile backend")
+    if not isinstance(compile, (bool, str)) and not callable(compile):
+        raise ValueError(f"{CALL}: compile={compile!r} must be True, False or a backend of torch.compile")
 
 
 def check_step_sizes(step_sizes: Any) -> tuple[float, ...]:

@@ -29,7 +29,7 @@ from ddpn_fx.control.rollout import rollout_step, stage_costs
 from ddpn_fx.passes.fuse import fuse
 from ddpn_fx.passes.lower import trace
 
-Compile = bool | str
+Compile = bool | str | Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Programs:
         stage_cost: of one state and control.
         terminal_cost: of one state.
         second_order: whether the backward pass has the dynamics' second derivatives.
+        regularize: where mu goes: "control", "state" or "both".
         sizes: what to trace for.
-        compile: False runs the traced graphs; True or the name of a backend has ``torch.compile`` make them faster.
+        compile: False runs the traced graphs; True (inductor) or a backend has ``torch.compile`` make them faster.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class Programs:
         terminal_cost: TerminalCost,
         *,
         second_order: bool,
+        regularize: str,
         sizes: Sizes,
         compile: Compile,
     ) -> None:
         self.sizes = s = sizes
-        self.second_order = second_order
         self._compile = compile
         with named("control.solve"):
             like: dict[str, Any] = {"dtype": s.dtype, "device": s.device}
@@ -96,14 +97,15 @@ class Programs:
             stage = Stage(fx, fu, xs[0], us[0], torch.zeros_like(fx), K, luu)
             mu = torch.zeros(s.B, **like)
 
-            def backward(x: Tensor, u: Tensor, t: Tensor, mu_u: Tensor, mu_x: Tensor, *rest: Tensor) -> tuple:
+            def backward(x: Tensor, u: Tensor, t: Tensor, mu: Tensor, *rest: Tensor) -> tuple:
                 value = Value(*rest[7:])
                 bend = curvature(f, x, u, t, value.Vx) if second_order else None
+                mu_u, mu_x = None if regularize == "state" else mu, None if regularize == "control" else mu
                 value, k, K = backward_step(Stage(*rest[:7]), value, mu_u, mu_x, bend)
                 return *value, k, K
 
             value = begin(torch.zeros(s.B, s.n, **like), torch.zeros(s.B, s.n, s.n, **like))
-            self._backward = self._lower(backward, xs[0], us[0], self._ts_B[0], mu, mu, *stage, *value)
+            self._backward = self._lower(backward, xs[0], us[0], self._ts_B[0], mu, *stage, *value)
 
     def _lower(self, function: Callable[..., Any], *examples: Tensor) -> Callable[..., Any]:
         # A tensor given twice would be one input of the graph.
@@ -117,13 +119,13 @@ class Programs:
         """Derivatives along (T + 1, B, n), (T, B, m)."""
         return Expansion(*self._expand(xs, us, self._ts_B))
 
-    def backward(self, expansion: Expansion, xs: Tensor, us: Tensor, mu_u: Tensor, mu_x: Tensor) -> Policy:
-        """The backward pass at regularisations (B,)."""
+    def backward(self, expansion: Expansion, xs: Tensor, us: Tensor, mu: Tensor) -> Policy:
+        """The backward pass at the regularisation mu (B,)."""
         stages = list(zip(*(list(part) for part in expansion[:7]), strict=True))
         x, u, ts = xs.unbind(), us.unbind(), self._ts_B.unbind()
 
         def step(t: int, value: Value) -> tuple[Value, Tensor, Tensor]:
-            *following, k, K = self._backward(x[t], u[t], ts[t], mu_u, mu_x, *stages[t], *value)
+            *following, k, K = self._backward(x[t], u[t], ts[t], mu, *stages[t], *value)
             return Value(*following), k, K
 
         return recursion(self.sizes.T, begin(expansion.Vx, expansion.Vxx), step)

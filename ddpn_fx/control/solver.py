@@ -107,6 +107,7 @@ class Solver:
                 self.stage_cost,
                 self.terminal_cost,
                 second_order=self.second_order,
+                regularize=self.regularize,
                 sizes=sizes,
                 compile=self.compile,
             )
@@ -121,16 +122,14 @@ class Solver:
         for i in range(self.max_iterations + 1):
             if expansion is None:
                 expansion = programs.expand(state.xs, state.us)
-            mu, none = state.mu, torch.zeros_like(state.mu)
-            mu_u, mu_x = none if self.regularize == "state" else mu, none if self.regularize == "control" else mu
-            policy = programs.backward(expansion, state.xs, state.us, mu_u, mu_x)
+            policy = programs.backward(expansion, state.xs, state.us, state.mu)
             row, working, searching = self._judge(state, policy)
-            host = torch.stack([*row, *(mask.to(mu) for mask in (working, searching))]).cpu()  # the one wait
+            host = torch.stack([*row, *(mask.to(state.mu) for mask in (working, searching))]).cpu()  # the one wait
             report.add(host[:-2])
             if i == self.max_iterations or not host[-2].any():
                 break
             state.iterations += working
-            state.step_size = none
+            state.step_size = torch.zeros_like(state.mu)
             self._punish(state, working & ~policy.ok)
             if host[-1].any():
                 self._search(programs, state, policy, searching, step_sizes)
@@ -275,7 +274,7 @@ def solve(
         step_sizes: candidates of the line search, in (0, 1] and descending; all are rolled out at once.
         armijo: the fraction of the promised decrease that a step must keep.
         compile: False: the traced graphs run as they are. True: ``torch.compile`` with inductor, worth its seconds of
-            compilation for long horizons, batches or repeated solves (:class:`Solver`). A string: that backend.
+            compilation for long horizons, batches or repeated solves (:class:`Solver`). A name or a function: that backend.
         verbose: print the log while it runs. It also goes to ``logging`` at DEBUG.
 
     Returns:

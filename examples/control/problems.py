@@ -26,7 +26,8 @@ class Task:
         x0: (n,), float64.
         us: (T, m), the first guess.
         goal: (n,), the state that a good solution ends near.
-        near: how near, for each state; infinite where it does not matter.
+        near: how near, for each state.
+        angles: the states that are angles, in which whole turns make no difference.
     """
 
     name: str
@@ -37,6 +38,14 @@ class Task:
     us: Tensor
     goal: Tensor
     near: Tensor
+    angles: tuple[int, ...]
+
+    def reached(self, x: Tensor) -> bool:
+        """Whether a final state (n,) is as near to the goal as it should be."""
+        off = x - self.goal
+        for i in self.angles:
+            off[i] = torch.remainder(off[i] + math.pi, 2.0 * math.pi) - math.pi
+        return bool((off.abs() <= self.near).all())
 
     @property
     def functions(self) -> tuple[Callable, Callable, Callable]:
@@ -69,7 +78,15 @@ def pendulum(T: int = 100, h: float = 0.05) -> Task:
 
     us = 0.1 * torch.ones(T, 1, dtype=torch.float64)  # hanging still without torque is a saddle
     return Task(
-        "pendulum", f, stage_cost, terminal_cost, vector(math.pi, 0.0), us, vector(0.0, 0.0), vector(0.05, 0.05)
+        "pendulum",
+        f,
+        stage_cost,
+        terminal_cost,
+        vector(math.pi, 0.0),
+        us,
+        vector(0.0, 0.0),
+        vector(0.05, 0.05),
+        angles=(0,),
     )
 
 
@@ -104,6 +121,7 @@ def cartpole(T: int = 150, h: float = 0.02) -> Task:
         torch.full((T, 1), 0.1, dtype=torch.float64),
         vector(0.0, 0.0, 0.0, 0.0),
         vector(0.1, 0.1, 0.1, 0.1),
+        angles=(1,),
     )
 
 
@@ -144,6 +162,7 @@ def car(T: int = 500, h: float = 0.03) -> Task:
         us,
         vector(0.0, 0.0, 0.0, 0.0),
         vector(0.05, 0.05, 0.05, 0.2),
+        angles=(),
     )
 
 
