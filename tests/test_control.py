@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -342,11 +343,11 @@ def test_ddp_converges_quadratically_and_ilqr_linearly():
 
     ddp = errors(True, (1, 2, 3))
     assert ddp[0] < 0.1
-    for before, after in zip(ddp, ddp[1:], strict=False):
+    for before, after in pairwise(ddp):
         assert after < max(2.0 * before**2, 1e-11)
     assert ddp[-1] < 1e-9
     ilqr = errors(False, (4, 5, 6, 7))
-    rates = [after / before for before, after in zip(ilqr, ilqr[1:], strict=False)]
+    rates = [after / before for before, after in pairwise(ilqr)]
     assert all(0.02 < rate < 0.9 for rate in rates), rates  # a constant factor an iteration
     assert max(rates) < 2 * min(rates), rates
 
@@ -388,6 +389,22 @@ def test_classics_converge(maker, second_order):
     check_solution(task.functions, task.x0, r, gradient=1e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAST)
+def test_crocoddyl_finds_the_same_cost(name, monkeypatch):
+    """An independent solver on the same functions, from the same start, and from our solution."""
+    pytest.importorskip("crocoddyl")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "control")
+    import crocoddyl_reference
+
+    task, r = fast(name)
+    cold = crocoddyl_reference.solve(task)
+    assert cold.converged
+    assert r.cost.item() <= 1.01 * cold.cost
+    warm = crocoddyl_reference.solve(task, r.us)
+    assert warm.cost == pytest.approx(r.cost.item(), rel=1e-5)
+
+
 def test_history_says_what_happened():
     task, r = fast("pendulum", True)
     h = r.history
@@ -406,7 +423,7 @@ def test_history_says_what_happened():
     assert (h.regularization.diff()[failed[:-1]] > 0).all()
     assert (h.regularization.diff()[taken[:-1]] <= 0).all()
     assert h.regularization[-1] == 0
-    assert h.gradient_norm[-1] < 1e-6 < h.gradient_norm[taken][0]
+    assert h.gradient_norm[-1] < 1e-4 < h.gradient_norm[taken][0]
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
@@ -478,6 +495,7 @@ def test_compiled_is_eager(second_order):
         torch.testing.assert_close(getattr(r, name), getattr(eager, name), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")  # inductor's own
 def test_inductor():
     lq = LQ(T=6, n=2, m=1)
     solver = control.Solver(*lq.functions, compile=True, regularization=0)
@@ -489,6 +507,7 @@ def test_inductor():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")
 @pytest.mark.parametrize("second_order", [False, True])
 def test_inductor_swings_up(second_order):
     task = problems.pendulum(T=30)
@@ -689,7 +708,7 @@ def test_one_iteration_on_a_small_network_is_vanilla_ddp(second_order):
         return F.cross_entropy(x, label)
 
     functions = (layer, decay, loss)
-    r = control.solve(*functions, sample, weights, second_order=second_order, regularization=1.0, max_iterations=1)
+    r = control.solve(*functions, sample, weights, second_order=second_order, regularization=3.0, max_iterations=1)
     before, after = total_cost(functions, sample, weights), total_cost(functions, sample, r.us)
     assert r.iterations == 1
     assert after < before - 0.05
@@ -763,17 +782,17 @@ def test_the_log(caplog):
 
 
 def test_the_log_of_a_batch():
-    solver, x0, us, batch = pendulums()
+    _, x0, us, batch = pendulums()
     assert batch.table(1).splitlines()[0].split()[0] == "iteration"
     assert len(batch.table(1).splitlines()) == 1 + int(batch.iterations[1]) + 1
     assert batch.table().count("problem") == 4
     assert str(batch).splitlines()[2].startswith("2: converged after")
     task = problems.pendulum(T=30)
     with redirect_stdout(out := io.StringIO()):
-        control.solve(*task.functions, x0, us, second_order=True, verbose=True, max_iterations=200)
+        some = control.solve(*task.functions, x0, us, second_order=True, verbose=True, max_iterations=15)
     lines = out.getvalue().splitlines()
     assert lines[0].split()[1] == "running"
-    running = [int(row.split()[1]) for row in lines[1 : 1 + len(batch.history)]]
+    running = [int(row.split()[1]) for row in lines[1 : 1 + len(some.history)]]
     assert running[0] == 4
     assert running[-1] < 4
     assert running == sorted(running, reverse=True)

@@ -274,7 +274,8 @@ def solve(
         step_sizes: candidates of the line search, in (0, 1] and descending; all are rolled out at once.
         armijo: the fraction of the promised decrease that a step must keep.
         compile: False: the traced graphs run as they are. True: ``torch.compile`` with inductor, worth its seconds of
-            compilation for long horizons, batches or repeated solves (:class:`Solver`). A name or a function: that backend.
+            compilation for long horizons, batches or repeated solves (:class:`Solver`). A name or a function is taken
+            for a backend.
         verbose: print the log while it runs. It also goes to ``logging`` at DEBUG.
 
     Returns:
