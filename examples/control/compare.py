@@ -148,9 +148,10 @@ def main() -> int:
     environment = report.environment()
     backend = "without torch.compile" if options.backend == "eager" else f"compiled by {options.backend}"
     page = (
-        f"`ddpn_fx.control` on `examples/control/problems.py`, float64, one thread, {backend}. An iteration is a backward "
-        "pass, those that met an indefinite Quu included; gradient: largest element of dJ/du. The first solve traces and "
-        "compiles. Crocoddyl runs its C++ solvers on Python models here, whose derivatives are most of its time.\n\n"
+        f"`ddpn_fx.control` on `examples/control/problems.py`, float64, one thread, {backend}. "
+        "An iteration is a backward pass, also one that meets an indefinite Quu; gradient: largest element of dJ/du. "
+        "The first solve traces and compiles. "
+        "Crocoddyl's C++ solvers run on Python models here, whose derivatives are most of their time.\n\n"
         f"{table(rows)}\n\n{verdict}\n\n{report.describe(environment)}\n"
     )
     options.out.mkdir(parents=True, exist_ok=True)
