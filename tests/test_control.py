@@ -142,8 +142,9 @@ class LQ:
         return z[(T + 1) * n :].reshape(T, m), z[: (T + 1) * n].reshape(T + 1, n)
 
 
-@pytest.mark.parametrize("second_order", [False, True])
-@pytest.mark.parametrize(("T", "n", "m"), [(7, 3, 2), (1, 2, 4), (12, 1, 1)])
+@pytest.mark.parametrize(
+    ("T", "n", "m", "second_order"), [(7, 3, 2, False), (7, 3, 2, True), (1, 2, 4, False), (12, 1, 1, True)]
+)
 def test_a_linear_quadratic_problem_takes_one_iteration(T, n, m, second_order):
     lq = LQ(T, n, m)
     r = control.solve(*lq.functions, lq.x0, lq.us, regularization=0, second_order=second_order)
@@ -234,8 +235,10 @@ def bent_cost(x, u, t):
     return torch.cos(x[0] * u[0]) + (x[1] - u[1]) ** 4 + x[2] ** 2 * u[0] ** 2 + u @ u * (1 + t)
 
 
-@pytest.mark.parametrize("second_order", [False, True])
-@pytest.mark.parametrize(("regularize", "compile"), [("control", False), ("state", False), ("both", "aot_eager")])
+@pytest.mark.parametrize(
+    ("second_order", "regularize", "compile"),
+    [(True, "control", False), (False, "state", False), (True, "both", "aot_eager")],
+)
 def test_the_quadratic_model_is_that_of_the_whole_bellman_objective(second_order, regularize, compile):
     T, n, m = 4, 3, 2
     xs, us = draw(T + 1, 2, n), draw(T, 2, m, seed=1)
@@ -357,7 +360,7 @@ def test_ddp_converges_quadratically_and_ilqr_linearly():
 
 
 FAST = {
-    "pendulum": lambda: problems.pendulum(T=40),
+    "pendulum": lambda: problems.pendulum(T=30),
     "cart-pole": lambda: problems.cartpole(T=30, h=0.05),
     "car": lambda: problems.car(T=15, h=0.2),
 }
@@ -560,8 +563,7 @@ def saddle(scale=1.0):
     return f, stage_cost, lambda x: 0.01 * (x**2).sum()
 
 
-@pytest.mark.parametrize("second_order", [False, True])
-@pytest.mark.parametrize("regularize", ["control", "both"])
+@pytest.mark.parametrize(("regularize", "second_order"), [("control", True), ("both", False)])
 def test_an_indefinite_quu_raises_mu_and_converges(regularize, second_order):
     functions = saddle()
     x0, us = torch.ones(2, dtype=float64), torch.full((5, 2), 0.1, dtype=float64)
@@ -716,7 +718,9 @@ def test_one_iteration_on_a_small_network_is_vanilla_ddp(second_order):
     assert r.iterations == 1
     assert after < before - 0.05
     torch.testing.assert_close(r.cost, after)
-    more = control.solve(*functions, sample, weights, second_order=second_order)
+    if not second_order:
+        return
+    more = control.solve(*functions, sample, weights, second_order=True)
     assert more.converged
     check_solution(functions, sample, more, gradient=1e-3)
 
