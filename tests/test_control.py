@@ -671,15 +671,23 @@ def test_no_step_is_taken_that_keeps_nothing_of_its_promise():
 
 
 def test_armijo_asks_for_more():
-    task, r = fast("pendulum")
-    picky = control.solve(*task.functions, task.x0, task.us, armijo=0.49, max_iterations=300)
+    """Newton's step for log cosh from 1.05 overshoots and keeps a twelfth of its promise."""
+    x0, us = torch.tensor([1.05], dtype=float64), torch.zeros(1, 1, dtype=float64)
+    functions = (lambda x, u, t: x + u, lambda x, u, t: 0 * u.sum(), lambda x: x.cosh().log().sum())
+    x = x0.item()
+    slope, bend = np.tanh(x), 1 - np.tanh(x) ** 2
 
-    def kept(h):
-        whole = (h.step_size[:-1] == 1) & (h.expected_improvement[:-1] > 1e-6)
-        return -h.cost.diff()[whole] >= 0.49 * h.expected_improvement[:-1][whole]
+    def kept(step):
+        actual = np.log(np.cosh(x)) - np.log(np.cosh(x - step * slope / bend))
+        return actual / (slope**2 / bend * (step - step**2 / 2))
 
-    assert kept(picky.history).all()
-    assert not kept(r.history).all()
+    for armijo in (1e-4, 0.2, 0.49):
+        r = control.solve(*functions, x0, us, regularization=0, armijo=armijo)
+        want = next(step for step in (10 ** (-0.3 * i) for i in range(11)) if kept(step) >= armijo)
+        assert r.history.step_size[0].item() == pytest.approx(want), armijo
+        assert r.converged
+        assert abs(r.xs[-1].item()) < 1e-3
+    assert kept(1.0) < 0.2  # so that the step sizes above differ
 
 
 def test_zero_iterations_give_the_policy_at_the_first_guess():
