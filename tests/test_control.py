@@ -22,6 +22,7 @@ from ddpn_fx.control import schedule
 from ddpn_fx.control.backward import Stage, Value, backward_step
 from ddpn_fx.control.derivatives import curvature, expand
 from ddpn_fx.control.programs import Programs, Sizes
+from ddpn_fx.control.rollout import stage_costs
 
 ROOT = Path(__file__).resolve().parent.parent
 float64 = torch.float64
@@ -177,6 +178,17 @@ def test_the_promise_of_a_regularised_step_is_exact_where_the_model_is(where):
     torch.testing.assert_close(before - after, policy.expected_improvement()[0])
     best = control.backward_pass(expansion).expected_improvement()[0]
     assert 0 < before - after < best - 1.0
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_the_promise_of_a_part_of_the_step(alpha):
+    """With one stage the model is exact at every step size."""
+    lq = LQ(T=1)
+    xs = rollout(lq.f, lq.x0, lq.us)
+    policy = control.backward_pass(expand(*lq.functions, xs[:, None], lq.us[:, None], torch.zeros(1, 1).long()))
+    moved = lq.us + alpha * policy.k[0]
+    actual = total_cost(lq.functions, lq.x0, lq.us) - total_cost(lq.functions, lq.x0, moved)
+    torch.testing.assert_close(policy.expected_improvement(alpha)[0], actual)
 
 
 def test_widths_may_differ_from_stage_to_stage():
@@ -627,32 +639,51 @@ def test_the_schedule():
     np.testing.assert_allclose(down, [[0.5, 0], [0.125, 0], [0.015625, 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["state", "cost"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_candidate_that_is_not_finite_is_rejected(bad):
-    """The full step leaves the domain: NaN or infinite states, and a cost that would look like a great success."""
+def test_a_candidate_that_is_not_finite_is_rejected(where, bad):
+    """The full step leaves the domain, where the cost would look like a great success."""
 
     def f(x, u, t):
-        return torch.where(u.abs() < 1.0, x + u, bad)
-
-    def stage_cost(x, u, t):
-        return 0.01 * u @ u
+        return torch.where(u.abs() < 1.0, x + u, bad if where == "state" else 99.0)
 
     def terminal(x):
-        return torch.where(x.isnan().any(), -1e6, 1.0) * ((x - 5) ** 2).sum().clamp(max=1e9) if bad != bad else x.sum()
-
-    if bad == bad:
-
-        def terminal(x):
-            return (x - 5).abs().sum() * torch.where((x == -float("inf")).any(), -1.0, 1.0) + 0.5 * ((x - 5) ** 2).sum()
+        return torch.where(
+            (x < 90).all() & (x > -90).all(), 0.5 * ((x - 5) ** 2).sum(), -1e6 if where == "state" else bad
+        )
 
     x0, us = torch.zeros(1, dtype=float64), torch.zeros(2, 1, dtype=float64)
-    r = control.solve(f, stage_cost, terminal, x0, us, max_iterations=10)
-    steps = r.history.step_size
-    assert 0 < steps[0] < 1
+    r = control.solve(f, lambda x, u, t: 0.01 * u @ u, terminal, x0, us, max_iterations=10)
+    assert 0 < r.history.step_size[0] < 1
     for name in ("xs", "us", "cost", "k", "K"):
         assert getattr(r, name).isfinite().all()
     assert r.us.abs().max() < 1
-    assert r.cost < r.history.cost[0]
+    assert 0 < r.cost < r.history.cost[0]
+
+
+def test_the_gains_of_the_last_pass_that_succeeded_are_kept():
+    task = problems.pendulum(T=15)
+    solver = control.Solver(*task.functions, second_order=True)
+    failed = solver(task.x0, task.us).history.expected_improvement.isnan()
+    i = next(i for i in range(1, len(failed)) if failed[i] and not failed[i - 1])
+    solver.max_iterations = i - 1
+    before = solver(task.x0, task.us)
+    solver.max_iterations = i
+    after = solver(task.x0, task.us)
+    assert after.history.expected_improvement[-1].isnan()
+    assert torch.equal(after.K, before.K)
+    assert torch.equal(after.k, before.k)
+    assert after.K.abs().max() > 1e-3
+
+
+def test_costs_and_their_scale():
+    xs, us = draw(4, 2, 3, 5), draw(3, 2, 3, 1, seed=1)
+    ts = torch.arange(3)[:, None, None].repeat(1, 2, 3)
+    costs, total, scale = stage_costs(lambda x, u, t: x[0] * u[0] * t, lambda x: x[1], xs, us, ts)
+    want = torch.cat([xs[:3, ..., 0] * us[..., 0] * ts, xs[3:, ..., 1]])
+    torch.testing.assert_close(costs, want)
+    torch.testing.assert_close(total, want.sum(0))
+    torch.testing.assert_close(scale, want.abs().sum(0))
 
 
 def test_no_step_is_taken_that_keeps_nothing_of_its_promise():
