@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ddpn_fx.passes.functional import mutates
+
 aten = torch.ops.aten
 
 # Views that keep the order of the elements: of the same shape, they keep the value.
@@ -42,16 +44,6 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
-
-
-def mutates(graph: fx.Graph) -> bool:
-    """Whether an operator writes into a value other than an input of the graph."""
-    return any(
-        isinstance(n.target, torch._ops.OpOverload)
-        and n.target._schema.is_mutable
-        and not (n.target is aten.copy_.default and isinstance(n.args[0], fx.Node) and n.args[0].op == "placeholder")
-        for n in graph.nodes
-    )
 
 
 def drop_idle_views(graph: fx.Graph) -> int:

@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ddpn_fx.passes.fuse import fuse, mutates
+from ddpn_fx.passes.functional import make_functional
+from ddpn_fx.passes.fuse import fuse
+from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.log import PassRecord, op_counts, timed
 from ddpn_fx.passes.mode import STATISTICS, Hyper
 from ddpn_fx.passes.program import Program
@@ -197,10 +201,11 @@ def _quiet() -> Iterator[None]:
 
 def trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModule:
     """``make_fx`` on real tensors; the random state is given back."""
-    devices = sorted({t.device.index or 0 for t in flat if t.device.type == "cuda"})
-    with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+    # One mode for every node's ``val``: without it make_fx makes a mode for each node, at the price of a stack trace.
+    values = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+    with _quiet(), values, torch.no_grad(), random_state(flat):
         module = make_fx(function)(*flat)
-        if mutates(module.graph):  # a composite operator that works in place
+        if not make_functional(module.graph):  # a composite operator that works in place
             module = make_fx(torch.func.functionalize(function, remove="mutations"))(*flat)
         return module
 
@@ -293,7 +298,7 @@ def parts(
         changes, _, statistics = program.feedback(trajectory, linear, hyper, s)
         return [*changes.values(), torch.stack([statistics[k].to(v.dtype) for k in STATISTICS])]
 
-    with program.kernels(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with program.kernels(), torch.no_grad(), random_state(base):
         states = simulate(*base)[1 : 1 + len(kept)]
         policies = backward(*base, *states)
     found: dict[str, tuple[fx.GraphModule, list[Tensor]]] = {}
