@@ -109,7 +109,7 @@ def share(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or not _pure(node):
             continue
-        key = (node.target, _freeze(node.args), _freeze(node.kwargs))
+        key = (node.target, freeze(node.args), freeze(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
@@ -125,12 +125,12 @@ def _pure(node: fx.Node) -> bool:
     return getattr(target, "__module__", "") == "_operator"
 
 
-def _freeze(value: Any) -> Any:
+def freeze(value: Any) -> Any:
     """A hashable form in which 1, 1.0 and True differ, and 0.0 and -0.0."""
     if isinstance(value, (list, tuple)):
-        return tuple(_freeze(v) for v in value)
+        return tuple(freeze(v) for v in value)
     if isinstance(value, dict):
-        return tuple(sorted((k, _freeze(v)) for k, v in value.items()))
+        return tuple(sorted((k, freeze(v)) for k, v in value.items()))
     if isinstance(value, slice):
-        return ("slice", _freeze((value.start, value.stop, value.step)))
+        return ("slice", freeze((value.start, value.stop, value.step)))
     return (type(value), repr(value) if isinstance(value, float) else value)

@@ -108,6 +108,10 @@ class Gammas:
                         gamma = self._found.setdefault(name, Gamma(name, self.parameters))
                         gamma.entries.append(Entry(stage.index, use, position, rule))
 
+    def include(self, gamma: Gamma) -> None:
+        """Take in the Gamma of a parameter."""
+        self._found[gamma.name] = gamma
+
     def of(self, names: Iterable[str]) -> Iterator[Gamma]:
         """Those of the named parameters that received a cotangent."""
         return (self._found[n] for n in names if n in self._found)

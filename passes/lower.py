@@ -19,10 +19,11 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ddpn_fx.passes.derive import NotSharedError, Sharing, shared
 from ddpn_fx.passes.functional import make_functional
 from ddpn_fx.passes.fuse import fuse
 from ddpn_fx.passes.guard import random_state
-from ddpn_fx.passes.log import PassRecord, op_counts, timed
+from ddpn_fx.passes.log import PassRecord, log, op_counts, timed
 from ddpn_fx.passes.mode import STATISTICS, Hyper
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.verify import HELD
@@ -204,10 +205,27 @@ def trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModul
     # One mode for every node's ``val``: without it make_fx makes a mode for each node, at the price of a stack trace.
     values = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
     with _quiet(), values, torch.no_grad(), random_state(flat):
-        module = make_fx(function)(*flat)
+        module = _trace(function, flat)
         if not make_functional(module.graph):  # a composite operator that works in place
             module = make_fx(torch.func.functionalize(function, remove="mutations"))(*flat)
         return module
+
+
+def _trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModule:
+    """``make_fx`` in which identical stages are derived once."""
+    sharing = Sharing()
+
+    def sharing_function(*tensors: Tensor) -> Any:
+        with shared(sharing):
+            return function(*tensors)
+
+    try:
+        module = make_fx(sharing_function)(*flat)
+    except NotSharedError as reason:
+        log.debug("trace: every stage by itself, since %s", reason)
+        return make_fx(function)(*flat)
+    module.meta["stages"] = {"derived": sharing.derived, "copied": sharing.copied}
+    return module
 
 
 def _write_in_place(module: fx.GraphModule, written: Sequence[tuple[int, int]]) -> None:
