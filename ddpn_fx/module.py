@@ -19,11 +19,14 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
+from ddpn_fx.batch import autocast, check_batch, finite, same_structure, split_inputs, structure
 from ddpn_fx.passes.capture import Objective, borrowed
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.pipeline import build_chain
+from ddpn_fx.sources import as_module
 
 _PREFIXES = ("_orig_mod.", "module.")
 _OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile")
@@ -33,7 +36,7 @@ _REGISTRIES = frozenset(nn.Module().__dict__)
 
 
 def compile(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     loss: Callable[..., Tensor] | None = None,
     example_inputs: Any = None,
@@ -46,7 +49,8 @@ def compile(
     """Wrap a module so that :class:`~ddpn_fx.DDPNOpt` can train it as an optimal-control problem.
 
     Args:
-        model: any ``nn.Module``; it is wrapped, not copied.
+        model: any ``nn.Module`` (also an ``fx.GraphModule`` or a traced ``ScriptModule``), or a
+            ``torch.export.ExportedProgram``; it is wrapped, not copied.
         loss: a callable ``(output, target) -> scalar tensor``; None: the module returns its loss.
         example_inputs: inputs to capture with now (a tensor, a tuple or a dict of keywords, the batch
             as dimension 0), so that ``net.chain`` exists at once. Default: capture with the first batch.
@@ -64,22 +68,14 @@ def compile(
 
     Raises:
         TypeError: ``model`` is not a module, ``loss`` not callable, or an argument unknown to ``torch.compile``.
-        ValueError: a backend, mode or option that ``torch.compile`` does not know, or a loss with trainable
-            parameters of its own.
+        ValueError: a backend, mode or option that ``torch.compile`` does not know, a loss with trainable
+            parameters of its own, or an exported program with its batch size written into it.
 
     Equivalent to ``torch.compile(model)`` where no ``DDPNOpt`` is made.
     """
     if isinstance(model, CompiledModule):
         raise TypeError("ddpn_fx.compile: the module is already compiled by ddpn_fx; pass the original module")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"ddpn_fx.compile: model must be an nn.Module, not {type(model).__name__}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise TypeError(
-            f"ddpn_fx.compile: model is wrapped in {type(model).__name__}, whose gradient exchange a training step "
-            "would not see; pass the wrapped module, model.module"
-        )
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile(model): compiled again here
-        model = model._orig_mod  # type: ignore[assignment]
+    model = as_module(model)
     if loss is not None and not callable(loss):
         raise TypeError(
             "ddpn_fx.compile: loss must be a callable (output, target) -> scalar, "
@@ -186,14 +182,14 @@ class CompiledModule(nn.Module):
         args, kwargs = split_inputs(inputs)
         targets = (target,) if with_target else ()
         loss = self._options["loss"]
-        batch = _structure((args, kwargs, targets))
+        batch = structure((args, kwargs, targets))
         key = (self._signature(), bool(targets) or loss is None, batch)
         if key not in self._chains:
             for (*others, known), chain in self._chains.items():
-                if tuple(others) == key[:2] and _same_structure(known, (args, kwargs, targets)):
+                if tuple(others) == key[:2] and same_structure(known, (args, kwargs, targets)):
                     return chain
             check_batch("ddpn_fx.compile", args, kwargs, targets)
-            args, kwargs, targets = pytree.tree_map_only(Tensor, _finite, (args, kwargs, targets))
+            args, kwargs, targets = pytree.tree_map_only(Tensor, finite, (args, kwargs, targets))
             with self._undisturbed(), torch.inference_mode(False), torch.enable_grad():
                 self._try(args, kwargs, targets)
                 chain = build_chain(self._original, loss, args, kwargs, targets, module_loss=loss is None)
@@ -271,7 +267,7 @@ class CompiledModule(nn.Module):
         buffers = dict(model.named_buffers(remove_duplicate=False)) if buffers is None else buffers
         weights = tuple([(n, p.requires_grad, p.dtype, p.device, p.shape) for n, p in params.items()])
         others = tuple([(n, b.dtype, b.shape) for n, b in buffers.items()])
-        return tuple(settings), weights, others, _autocast(weights[0][3].type if weights else "cpu")
+        return tuple(settings), weights, others, autocast(weights[0][3].type if weights else "cpu")
 
     # -- what stays the user's module's ------------------------------------------------------------
 
@@ -381,99 +377,6 @@ def _forwarded(name: str) -> Callable[..., Any]:
 for _name, _value in vars(nn.Module).items():
     if inspect.isfunction(_value) and not _name.startswith("__") and _name not in vars(CompiledModule):
         setattr(CompiledModule, _name, _forwarded(_name))
-
-
-def check_batch(call: str, args: Any, kwargs: Any, targets: Any) -> int:
-    """B, after checking that the batch is not empty and that the target has its length.
-
-    Raises:
-        ValueError: no batch dimension, an empty batch, or a target of another length.
-        TypeError: something other than tensors where tensors belong.
-    """
-    leaves = pytree.tree_leaves((args, kwargs))
-    tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim() > 0]
-    if not tensors:
-        other = next((t for t in leaves if not isinstance(t, (Tensor, *_PLAIN))), None)
-        if other is not None:
-            raise TypeError(
-                f"{call}: inputs holds no tensor but a {type(other).__name__}; pass torch.as_tensor(inputs), "
-                "a tuple or a dict of tensors"
-            )
-        raise ValueError(
-            f"{call}: inputs holds no tensor with a batch dimension; pass a tensor, a tuple or a dict of tensors"
-        )
-    batch = tensors[0].shape[0]
-    if batch == 0:
-        raise ValueError(f"{call}: the batch is empty (dimension 0 of the inputs is 0)")
-    found = pytree.tree_leaves(targets)
-    strange = [t for t in found if not isinstance(t, (Tensor, *_PLAIN))]
-    if strange or (targets and not any(isinstance(t, Tensor) for t in found)):
-        kind = type(strange[0] if strange else targets[0]).__name__
-        raise TypeError(
-            f"{call}: the target must be a tensor, or a tuple or dict of tensors, not a {kind}; "
-            "pass torch.as_tensor(target)"
-        )
-    for t in found:
-        if not isinstance(t, Tensor):
-            continue
-        if t.dim() == 0 or t.shape[0] == 0 or t.shape[0] % batch:
-            length = "no batch dimension" if t.dim() == 0 else f"length {t.shape[0]}"
-            raise ValueError(f"{call}: the target has {length}, but the batch has {batch} samples")
-    return int(batch)
-
-
-def _finite(t: Tensor) -> Tensor:
-    """The tensor with zeros for what is not finite: an example must show which samples mix."""
-    return torch.where(t.isfinite(), t, torch.zeros_like(t)) if t.is_floating_point() else t
-
-
-def _autocast(device: str) -> Any:
-    """The dtype that autocast is on with, or None."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``inputs`` of a step as positional and keyword arguments of the module.
-
-    A tensor is one positional argument, a tuple or list several, a mapping keywords.
-    """
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
-        return tuple(inputs), {}
-    return (inputs,), {}
-
-
-def _structure(batch: Any) -> tuple[Any, ...]:
-    """What a capture depends on beside the mode: the tree, dtypes, ranks, sizes but the batch's, constants."""
-    leaves, spec = pytree.tree_flatten(batch)
-    size = next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()), None)
-
-    def describe(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return (type(t).__name__, repr(t))
-        batched = t.dim() > 0 and t.shape[0] == size
-        return (t.dtype, t.device, batched, tuple(t.shape[int(batched) :]))
-
-    return str(spec), tuple(describe(t) for t in leaves)
-
-
-def _same_structure(known: tuple[Any, ...], batch: Any) -> bool:
-    """Whether a batch fits a capture's structure, also where its size happens to be another tensor's length."""
-    leaves, spec = pytree.tree_flatten(batch)
-    expected = known[1]
-    if str(spec) != known[0]:
-        return False
-    for t, described in zip(leaves, expected, strict=True):
-        if not isinstance(t, Tensor):
-            if described != (type(t).__name__, repr(t)):
-                return False
-            continue
-        if len(described) != 4 or described[:2] != (t.dtype, t.device):
-            return False
-        if described[3] != tuple(t.shape[1:] if described[2] else t.shape) or (described[2] and t.dim() == 0):
-            return False
-    return True
 
 
 def _strip(key: str, known: set[str]) -> str:

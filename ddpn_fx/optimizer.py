@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddpn_fx import preconditioners
 from ddpn_fx import terminal as terminals
+from ddpn_fx.kept import Kept, number_dtype
 from ddpn_fx.module import CompiledModule, check_batch, split_inputs
+from ddpn_fx.options import GROUP_KEYS, check_arguments, check_group, check_loop, initial_groups, number
 from ddpn_fx.passes.errors import LossError, StagingError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
+from ddpn_fx.passes.metric import Preconditioner
 from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.provenance import describe
-
-_GROUP_KEYS = ("lr", "weight_decay", "momentum")
-_LATER = {
-    "preconditioner": "only preconditioner='identity' exists so far",
-    "tikhonov": "tikhonov (eps_V) does not exist so far; leave it at 0.0",
-}
 
 
 class DDPNOpt(Optimizer):
@@ -34,7 +31,8 @@ class DDPNOpt(Optimizer):
     Args:
         net: what :func:`ddpn_fx.compile` returned.
         lr: step size eta, the inverse weight of the control's cost; 1.0 works over two decades.
-        preconditioner: ``"identity"``, the metric M of Table 2.
+        preconditioner: the metric M of Table 2: ``"identity"``, ``"diagonal"``, ``"factored"``, ``"kronecker"``,
+            ``"eigen-kronecker"``, or an object (:mod:`ddpn_fx.preconditioners` has these and their options).
         terminal: the model of the loss: ``"bound"``, ``"residual"``, ``"gradient"``, ``"exact"``, ``"sampled"``.
         rank: columns of the terminal factor; None: all.
         curvature: for ``terminal="bound"`` and a loss that is not known: an upper bound of its Hessian.
@@ -51,14 +49,17 @@ class DDPNOpt(Optimizer):
         decoupled: weight decay as AdamW's.
         momentum: as ``torch.optim.SGD``'s, on the direction Gamma omega.
         beta1: Adam's bias-corrected average of the direction.
-        tikhonov: eps_V of Alg. 3.
+        tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
 
     Raises:
         TypeError: ``net`` is no compiled module.
         ValueError: an unknown or impossible option, named with what may stand there.
 
-    Equivalent to ``torch.optim.SGD`` (momentum, weight decay) with ``feedback=False``, and to the damped
-    Gauss-Newton step of the whole network with the defaults.
+    With ``feedback=False`` the arguments of the loop (terminal, rank, coupling, quu, rollout, gain, trust) have no
+    effect. In the linear rollout momentum and beta1 act on du beside the recursion: y is that of the step without them.
+
+    Equivalent to ``torch.optim.SGD`` (momentum, weight decay) with ``feedback=False``, to ``torch.optim.RMSprop`` with
+    ``preconditioner="diagonal"`` beside, and to the damped Gauss-Newton step of the whole network with the defaults.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class DDPNOpt(Optimizer):
         net: CompiledModule,
         lr: float | Tensor = 1.0,
         *,
-        preconditioner: str = "identity",
+        preconditioner: str | Preconditioner = "identity",
         terminal: str = "bound",
         rank: int | None = 1,
         curvature: float | None = None,
@@ -84,67 +85,60 @@ class DDPNOpt(Optimizer):
         beta1: float = 0.0,
         tikhonov: float = 0.0,
     ) -> None:
-        if not isinstance(net, CompiledModule):
-            raise TypeError(
-                f"DDPNOpt: net must come from ddpn_fx.compile(model, loss=...), not be a {type(net).__name__}"
-            )
-        _one_of("preconditioner", preconditioner, ("identity",), _LATER["preconditioner"])
-        _one_of("quu", quu, ("gauss-newton", "preconditioner"))
-        _one_of("rollout", rollout, ("linear", "nonlinear"))
-        if isinstance(coupling, bool) or (
-            coupling not in ("batch", "sample") and not (isinstance(coupling, int) and coupling >= 1)
-        ):
-            raise ValueError(f"DDPNOpt: coupling={coupling!r} must be 'batch', 'sample' or a positive group size")
-        for name, flag in (("feedback", feedback), ("decoupled", decoupled)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"DDPNOpt: {name}={flag!r} must be True or False")
-        if tikhonov != 0.0:
-            raise ValueError(f"DDPNOpt: tikhonov={tikhonov!r}: {_LATER['tikhonov']}")
-        for name, number in (("curvature", curvature), ("loss_floor", loss_floor)):
-            if number is not None and not math.isfinite(_number(name, number)):
-                rule = "positive and finite (an upper bound of the loss's Hessian in x_T)"
-                raise ValueError(f"DDPNOpt: {name}={number!r} must be {rule if name == 'curvature' else 'finite'}")
-        if not 0.0 <= _number("beta1", beta1) < 1.0:
-            raise ValueError(f"DDPNOpt: beta1={beta1!r} must be in [0, 1)")
+        check_arguments(
+            net,
+            coupling=coupling,
+            quu=quu,
+            rollout=rollout,
+            feedback=feedback,
+            decoupled=decoupled,
+            tikhonov=tikhonov,
+            curvature=curvature,
+            loss_floor=loss_floor,
+            beta1=beta1,
+        )
+        self.preconditioner = preconditioners.make(preconditioner)
         self._factor = terminals.make(
-            terminal, rank=rank, curvature=curvature, loss_floor=_number("loss_floor", loss_floor)
+            terminal, rank=rank, curvature=curvature, loss_floor=number("loss_floor", loss_floor)
         )
         self.net = net
         self.coupling, self.quu, self.rollout = coupling, quu, rollout
-        self.feedback, self.decoupled, self.beta1 = feedback, decoupled, float(beta1)
+        self.feedback, self.decoupled, self.beta1, self.tikhonov = feedback, decoupled, float(beta1), float(tikhonov)
         self.gain, self.trust = gain, trust
-        self._check_loop()
+        check_loop(self.gain, self.trust)
         self.stats: dict[str, Tensor] = {}
         self._programs: dict[Any, Lowered] = {}
         self._vector: tuple[Any, Tensor] | None = None
-        self._averaged: Tensor | None = None
+        self._kept = Kept()
         self._fold_allowed = not isinstance(gain, Tensor)
-        super().__init__(self._groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(initial_groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
-    @staticmethod
-    def _groups(net: CompiledModule, params: Iterable[Any] | None) -> list[Any]:
-        if params is None:
-            found = [p for p in net.parameters() if p.requires_grad]
-            if not found:
-                raise ValueError(
-                    "DDPNOpt: the model has no parameter with requires_grad=True, so there is nothing to train"
-                )
-            return found
-        if isinstance(params, Tensor) or not isinstance(params, Iterable):
-            raise TypeError(
-                "DDPNOpt: params must be an iterable of parameters or of group dicts, "
-                f"not {'a tensor' if isinstance(params, Tensor) else repr(params)}"
-            )
-        groups = list(params)
-        if not groups:
-            raise ValueError("DDPNOpt: params is empty; leave it out to train every trainable parameter")
-        for group in groups:
-            if not isinstance(group, (Mapping, Tensor, tuple)):
-                raise TypeError(
-                    "DDPNOpt: params must be an iterable of parameters or of group dicts, "
-                    f"not of {type(group).__name__} ({group!r})"
-                )
-        return groups
+    @classmethod
+    def paper(
+        cls,
+        net: CompiledModule,
+        lr: float | Tensor,
+        *,
+        preconditioner: str | Preconditioner = "identity",
+        **options: Any,
+    ) -> Self:
+        """The paper's literal form (Alg. 3, Prop. 4): each sample its own value function, ``Q_uu = M / eta``.
+
+        Args:
+            net: what :func:`ddpn_fx.compile` returned.
+            lr: step size eta.
+            preconditioner: as the class's; a name takes its moments from V of the recursion, as the paper does.
+            **options: further options of the class, which win over the paper's.
+
+        Returns:
+            An optimizer with ``terminal="gradient"``, ``coupling="sample"``, ``quu="preconditioner"`` and
+            ``rollout="nonlinear"``. ``opt.stats["clamps"]`` counts, in each step, the samples and stages whose
+            ``1 - q_u^T Q_uu^-1 q_u`` (eq. 13) would be negative: at the paper's larger step sizes nearly all.
+        """
+        if isinstance(preconditioner, str):
+            preconditioner = preconditioners.make(preconditioner, moments="value") or "identity"
+        literal = {"terminal": "gradient", "coupling": "sample", "quu": "preconditioner", "rollout": "nonlinear"}
+        return cls(net, lr, preconditioner=preconditioner, **{**literal, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer.add_param_group``.
@@ -154,11 +148,10 @@ class DDPNOpt(Optimizer):
         """
         if "params" not in param_group:
             raise ValueError("DDPNOpt: a parameter group has no 'params'")
-        unknown = sorted(set(param_group) - {"params", "param_names", "initial_lr", "name", *_GROUP_KEYS})
+        unknown = sorted(set(param_group) - {"params", "param_names", "initial_lr", "name", *GROUP_KEYS})
         if unknown:
             raise ValueError(
-                f"DDPNOpt: a parameter group has the unknown option {unknown[0]!r}; "
-                f"groups take {', '.join(_GROUP_KEYS)}"
+                f"DDPNOpt: a parameter group has the unknown option {unknown[0]!r}; groups take {', '.join(GROUP_KEYS)}"
             )
         members = param_group["params"]
         if not isinstance(members, (Tensor, set)):  # torch refuses a set; an iterator is read once, here
@@ -172,26 +165,9 @@ class DDPNOpt(Optimizer):
                     f"DDPNOpt: a parameter of shape {tuple(tensor.shape)} in params "
                     "is not a parameter of the compiled model"
                 )
-        numbers = {key: param_group.get(key, self.defaults[key]) for key in _GROUP_KEYS}
-        self._check_group(numbers)
+        numbers = {key: param_group.get(key, self.defaults[key]) for key in GROUP_KEYS}
+        check_group(numbers, self.beta1)
         super().add_param_group(param_group)
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        for key in _GROUP_KEYS:
-            number = _number(key, group[key])
-            if not (math.isfinite(number) and number >= 0.0):
-                raise ValueError(f"DDPNOpt: {key}={group[key]!r} must be finite and not negative")
-        if self.beta1 and float(group["momentum"]):
-            raise ValueError(
-                "DDPNOpt: momentum and beta1 both average the direction; set one of them "
-                "(a scheduler that sets momentum takes cycle_momentum=False)"
-            )
-
-    def _check_loop(self) -> None:
-        if not math.isfinite(_number("gain", self.gain)):
-            raise ValueError(f"DDPNOpt: gain={self.gain!r} must be finite")
-        if self.trust is not None and not 0.0 < _number("trust", self.trust) < math.inf:
-            raise ValueError(f"DDPNOpt: trust={self.trust!r} must be positive, or None for no clip")
 
     # -- the step ----------------------------------------------------------------------------------
 
@@ -240,7 +216,7 @@ class DDPNOpt(Optimizer):
             buffers = dict(net.named_buffers(remove_duplicate=False))
             lowered = self._lowered(args, kwargs, targets, leaves, batch, params, buffers)
             vector = self._hyper_vector(params)
-            state = self._state(lowered.program, params)
+            state = self._kept.of(lowered.program, self.state, params)
             with _full_precision(params):
                 flat = lowered.signature.flatten(
                     {n: params[n].detach() for n in lowered.signature.params}, buffers, leaves, vector, state
@@ -248,6 +224,7 @@ class DDPNOpt(Optimizer):
                 (values,) = lowered.run(*flat)
             if net._options["mode"] is not None:
                 values = values.clone()  # a CUDA graph's next replay writes over its outputs
+            self._kept.refresh(lowered.program, params, state)
         self.stats = dict(zip(STATISTICS, values.unbind(), strict=True))
         self._opt_called = True  # torch's schedulers look for a step before theirs
         if getattr(self._factor, "floor", None) is not None or lowered.program.chain.loss_node is None:
@@ -336,7 +313,7 @@ class DDPNOpt(Optimizer):
             dict(self.net.named_buffers(remove_duplicate=False)),
             leaves,
             vector,
-            self._state(program, params),
+            self._kept.of(program, self.state, params),
             backend=options["backend"],
             compile_kwargs=kwargs_of_compile,
         )
@@ -375,24 +352,34 @@ class DDPNOpt(Optimizer):
             quu=self.quu,
             rollout=self.rollout,
             feedback=self.feedback,
-            fold=folds and self.quu == "gauss-newton" and self.rollout == "linear",
+            fold=folds
+            and self.quu == "gauss-newton"
+            and self.rollout == "linear"
+            and not self.tikhonov
+            and (self.preconditioner is None or self.preconditioner.moments == "gradient"),
             trust=not no_trust,
             group=group,
             decay=tuple(bool(float(g["weight_decay"])) for g in self.param_groups),
             decoupled=self.decoupled,
             momentum=tuple(bool(float(g["momentum"])) for g in self.param_groups),
             average=bool(self.beta1),
+            preconditioner=self.preconditioner,
+            tikhonov=bool(self.tikhonov),
         )
 
     def _new_vector(self, like: Tensor) -> Tensor:
-        return torch.tensor(self._numbers(), dtype=_number_dtype(like)).to(like.device, non_blocking=True)
+        return torch.tensor(self._numbers(), dtype=number_dtype(like)).to(like.device, non_blocking=True)
 
     def _numbers(self) -> list[float]:
-        self._check_loop()
+        check_loop(self.gain, self.trust)
         for group in self.param_groups:
-            self._check_group(group)
+            check_group(group, self.beta1)
         return Hyper.pack(
-            float(self.gain), float("inf") if self.trust is None else float(self.trust), self.beta1, self.param_groups
+            float(self.gain),
+            float("inf") if self.trust is None else float(self.trust),
+            self.beta1,
+            self.tikhonov,
+            self.param_groups,
         )
 
     def _hyper_vector(self, params: Mapping[str, nn.Parameter]) -> Tensor:
@@ -403,28 +390,13 @@ class DDPNOpt(Optimizer):
             self._vector = (key, self._new_vector(like))
         return self._vector[1]
 
-    def _state(self, program: Program, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """The optimizer state that the program reads and writes, made where it is missing."""
-        found = {}
-        slot = _slot(program)
-        for name in _buffered(program):
-            kept = self.state[params[name]]
-            if kept.get(slot) is None:
-                kept[slot] = torch.zeros_like(params[name], memory_format=torch.preserve_format)
-            found[name] = kept[slot]
-        if program.mode.average:
-            if self._averaged is None:
-                self._averaged = _zero_count(params)
-            found["step"] = self._averaged
-        return found
-
     # -- persistence -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``, with the number of averaged steps (beta1)."""
+        """As ``torch.optim.Optimizer.state_dict``, with the number of steps (of beta1 and the preconditioner)."""
         found = super().state_dict()
-        if self._averaged is not None:
-            found["ddpn_step"] = self._averaged.clone()
+        if self._kept.count is not None:
+            found["ddpn_step"] = self._kept.count.clone()
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -432,15 +404,15 @@ class DDPNOpt(Optimizer):
         state_dict = dict(state_dict)
         step = state_dict.pop("ddpn_step", None)
         super().load_state_dict(state_dict)
-        for kept in self.state.values():
-            kept.update({k: v.clone() for k, v in kept.items() if isinstance(v, Tensor)})
+        given = [state_dict["state"].get(i, {}) for g in state_dict["param_groups"] for i in g["params"]]
+        for parameter, old in zip((p for g in self.param_groups for p in g["params"]), given, strict=True):
+            for slot, value in old.items():
+                if isinstance(value, Tensor):  # torch casts to the parameter's dtype; moments keep their own
+                    self.state[parameter][slot] = value.to(parameter.device, copy=True)
         for group in self.param_groups:
-            for key in _GROUP_KEYS:
+            for key in GROUP_KEYS:
                 group.setdefault(key, self.defaults[key])
-        self._averaged = None
-        if step is not None:
-            count = _zero_count(dict(self.net.named_parameters()))
-            self._averaged = torch.as_tensor(step).to(count, copy=True)
+        self._kept.load(step, dict(self.net.named_parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
@@ -452,10 +424,12 @@ class DDPNOpt(Optimizer):
             "feedback",
             "decoupled",
             "beta1",
+            "tikhonov",
             "gain",
             "trust",
             "_factor",
-            "_averaged",
+            "_kept",
+            "preconditioner",
             "_fold_allowed",
         )
         return {**state, **{k: self.__dict__[k] for k in keep}}
@@ -467,26 +441,6 @@ class DDPNOpt(Optimizer):
         self.__dict__.setdefault("stats", {})
 
 
-def _slot(program: Program) -> str:
-    """torch.optim's name of the state that a program keeps for each parameter."""
-    return "exp_avg" if program.mode.average else "momentum_buffer"
-
-
-def _buffered(program: Program) -> Iterator[str]:
-    """The parameters that a program keeps state for."""
-    mode = program.mode
-    return (n for n in program.trained if mode.average or mode.momentum[program.group[n]])
-
-
-def _zero_count(params: Mapping[str, Tensor]) -> Tensor:
-    first = next(iter(params.values()))
-    return torch.zeros((), dtype=_number_dtype(first), device=first.device)
-
-
-def _number_dtype(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
 def _normal(t: Tensor) -> Tensor:
     """The values alone: not an inference tensor, which autograd cannot save, and no part of the user's graph."""
     return t.clone() if t.is_inference() else t.detach()
@@ -496,18 +450,3 @@ def _full_precision(params: Mapping[str, Tensor]) -> AbstractContextManager[Any]
     """Outside the caller's autocast, whose casts are part of the captured graph already."""
     kind = next(iter(params.values())).device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...], note: str = "") -> None:
-    if value not in allowed:
-        hint = f" ({note})" if note else ""
-        raise ValueError(f"DDPNOpt: {name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}{hint}")
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"DDPNOpt: {name}={value!r} must be a number") from None

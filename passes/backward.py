@@ -9,7 +9,7 @@ batch norm makes invariant, and the open loop is the plain gradient (DESIGN 2.4)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor, fx
 from ddpn_fx.passes import bellman
 from ddpn_fx.passes import loss as losses
 from ddpn_fx.passes.derive import Twin
-from ddpn_fx.passes.gamma import Gammas
+from ddpn_fx.passes.gamma import Gamma, Gammas
 from ddpn_fx.passes.ir import Chain, Stage
-from ddpn_fx.passes.linearize import pullback
-from ddpn_fx.passes.mode import Hyper, Mode
+from ddpn_fx.passes.linearize import pullback, real
+from ddpn_fx.passes.metric import Metric, Moment, sites
+from ddpn_fx.passes.mode import Hyper, Mode, slots_of, state_key
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.simulate import Trajectory
@@ -42,6 +43,8 @@ class Linearization:
         decay: per stage v_t, (G, n), or None.
         policies: per stage.
         folded: (omega, sum K, sum v) where the solves are folded.
+        metrics: parameter name -> its metric, where the preconditioner is not the identity.
+        metric_state: what the preconditioner keeps, by key.
         clamps: eigenvalues clamped so far.
         fault: the terminal factor's fault.
     """
@@ -56,12 +59,20 @@ class Linearization:
     decay: list[Tensor | None] = field(default_factory=list)
     policies: list[bellman.Policy] = field(default_factory=list)
     folded: tuple[Tensor, Tensor, Tensor] | None = None
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    metric_state: dict[str, Tensor] = field(default_factory=dict)
     clamps: Tensor | None = None
     fault: Tensor | None = None
 
 
 def backward(
-    chain: Chain, mode: Mode, controls: Sequence[Sequence[str]], batch: int, trajectory: Trajectory, hyper: Hyper
+    chain: Chain,
+    mode: Mode,
+    controls: Sequence[Sequence[str]],
+    batch: int,
+    trajectory: Trajectory,
+    hyper: Hyper,
+    state: Mapping[str, Tensor],
 ) -> Linearization:
     """The linearisation and the policies of a trajectory.
 
@@ -72,14 +83,18 @@ def backward(
         batch: B.
         trajectory: the nominal trajectory.
         hyper: the numbers of the step.
+        state: the optimiser state by key (:func:`ddpn_fx.passes.mode.state_key`).
     """
     trained = [p for names in controls for p in names]
     result = _terminal(chain, mode, Gammas(chain, trajectory.parameters, trained, batch), batch, trajectory)
     _pull(chain, trajectory, result.seeds, result.gammas, hold=mode.feedback, states=result.states)
-    if mode.feedback:
-        for stage in chain.stages:
-            _gram(mode, controls[stage.index], stage, trajectory, result, hyper)
-        _solve(mode, result)
+    if not mode.feedback:
+        if mode.preconditioner is not None:
+            metrics = _Metrics(chain, mode, trajectory, result, hyper, state)
+            for stage in chain.stages:
+                metrics.make(stage, controls[stage.index], result.weight)
+        return result
+    _solve(chain, mode, controls, trajectory, result, hyper, state)
     return result
 
 
@@ -147,36 +162,124 @@ def _terminal(chain: Chain, mode: Mode, gammas: Gammas, batch: int, trajectory: 
         )
 
 
+class _Metrics:
+    """Makes the metric of each parameter, stage by stage, into ``linear.metrics`` and ``linear.metric_state``."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        mode: Mode,
+        trajectory: Trajectory,
+        linear: Linearization,
+        hyper: Hyper,
+        state: Mapping[str, Tensor],
+    ) -> None:
+        self.chain, self.mode, self.trajectory, self.linear, self.hyper = chain, mode, trajectory, linear, hyper
+        self.state, self.sites = state, sites(chain, trajectory.parameters.params)
+        self.group = dict(mode.group)
+        self._exact: tuple[Tensor, Gammas] | None = None
+
+    def make(self, stage: Stage, names: Sequence[str], b: Tensor) -> None:
+        """The metrics of a stage's parameters from V_x = Z b, b weighted: (B, R)."""
+        preconditioner, linear = self.mode.preconditioner, self.linear
+        assert preconditioner is not None
+        # Of the sample's own loss: b counts each sample by its share of the batch's loss.
+        own = b * linear.blocks.batch
+        for gamma, whole in self._with_directions(stage, names, b):
+            with origin({"role": "metric", "stage": stage.index, "module_path": gamma.name}):
+                g = self.group[gamma.name]
+                value = self.trajectory.parameters.params[gamma.name]
+                direction = whole.to(value.dtype)
+                if self.mode.decay[g] and not self.mode.decoupled:
+                    direction = direction + self.hyper.weight_decay[g] * value
+                moment = Moment(
+                    self.sites[gamma.name], gamma, direction, own, self.state["step"] + 1, linear.gammas.dtype
+                )
+                kept = slots_of(gamma.name, self.state)
+                linear.metrics[gamma.name], new = preconditioner.metric(moment, kept)
+                linear.metric_state.update({state_key(slot, gamma.name): t for slot, t in new.items()})
+
+    def _with_directions(self, stage: Stage, names: Sequence[str], b: Tensor) -> Iterator[tuple[Gamma, Tensor]]:
+        """Each parameter's Gamma with Gamma b, through the batch statistics where there are any."""
+        linear = self.linear
+        if not (self.chain.has_statistics and self.mode.feedback):
+            for gamma in linear.gammas.of(names):
+                yield gamma, gamma.contract(b)
+            return
+        if self._exact is None or self._exact[0] is not b:
+            first = 0 if self.mode.preconditioner.moments == "gradient" else stage.index
+            self._exact = b, exact(self.chain, self.trajectory, linear, b, first)
+        for gamma, through in zip(linear.gammas.of(names), self._exact[1].of(names), strict=True):
+            yield gamma, through.contract(torch.ones_like(b[:, :1]))
+
+
 def _gram(
     mode: Mode, names: Sequence[str], stage: Stage, trajectory: Trajectory, result: Linearization, hyper: Hyper
-) -> None:
+) -> tuple[Tensor, Tensor | None]:
     """eta K_t and v_t of one stage."""
     blocks = result.blocks
     gram: Tensor | None = None
     decay: Tensor | None = None
     group = dict(mode.group)
     for gamma in result.gammas.of(names):
-        g = group[gamma.name]
+        g, metric = group[gamma.name], result.metrics.get(gamma.name)
         with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
-            term = hyper.lr[g] * gamma.gram(blocks).to(result.gammas.dtype)
+            term = hyper.lr[g] * gamma.gram(blocks, metric).to(result.gammas.dtype)
             gram = term if gram is None else gram + term
             if mode.decay[g] and not mode.decoupled:
-                inner = gamma.inner(trajectory.parameters.params[gamma.name])
+                value = trajectory.parameters.params[gamma.name]
+                inner = gamma.inner(value if metric is None else metric.solve(value).to(value.dtype))
                 assert inner is not None
                 term = blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * inner.to(result.gammas.dtype))
                 decay = term if decay is None else decay + term
     if gram is None:
         gram = result.weight.new_zeros(blocks.count, blocks.size, blocks.size)
-    result.grams.append(gram)
-    result.decay.append(decay)
+    return gram, decay
 
 
-def _solve(mode: Mode, result: Linearization) -> None:
-    with origin({"role": "solve"}):
-        if mode.quu == "preconditioner":
-            result.policies, clamps = bellman.preconditioner(result.grams, result.decay, result.terminal)
-            result.clamps = clamps if result.clamps is None else result.clamps + clamps
-        elif mode.fold:
+def _solve(
+    chain: Chain,
+    mode: Mode,
+    controls: Sequence[Sequence[str]],
+    trajectory: Trajectory,
+    result: Linearization,
+    hyper: Hyper,
+    state: Mapping[str, Tensor],
+) -> None:
+    """From the last stage to the first: the metric, K_t and v_t, the policy; or one solve for all."""
+    row: bellman.PreconditionerRow | bellman.GaussNewton | bellman.ExplicitGaussNewton
+    if mode.quu == "preconditioner":
+        row = bellman.PreconditionerRow(result.terminal)
+    else:
+        row = (bellman.ExplicitGaussNewton if mode.tikhonov else bellman.GaussNewton)(result.terminal)
+    metrics = None if mode.preconditioner is None else _Metrics(chain, mode, trajectory, result, hyper, state)
+    weighted = result.blocks.merge(result.terminal.b) * result.weight
+    for stage in reversed(chain.stages):
+        if metrics is not None:
+            if metrics.mode.preconditioner.moments == "value":
+                weighted = result.blocks.merge(row.b) * result.weight
+            metrics.make(stage, controls[stage.index], weighted)
+        gram, decay = _gram(mode, controls[stage.index], stage, trajectory, result, hyper)
+        result.grams.insert(0, gram)
+        result.decay.insert(0, decay)
+        if not mode.fold:
+            with origin({"role": "solve", "stage": stage.index}):
+                result.policies.insert(0, row.step(gram, decay))
+                if mode.tikhonov and stage.index:
+                    assert not isinstance(row, bellman.GaussNewton)
+                    z = _columns_of(result.states[stage.index], result)
+                    row.regularize(hyper.tikhonov * bellman.projection(z, result.blocks))
+    if mode.fold:
+        with origin({"role": "solve"}):
             result.folded = bellman.folded(result.grams, result.decay, result.terminal)
-        else:
-            result.policies = bellman.gauss_newton(result.grams, result.decay, result.terminal)
+    elif row.clamps is not None:
+        result.clamps = row.clamps if result.clamps is None else result.clamps + row.clamps
+
+
+def _columns_of(state: Mapping[fx.Node, Tensor], result: Linearization) -> Tensor:
+    """The cotangents of a state as (B, R, D)."""
+    blocks, dtype = result.blocks, result.gammas.dtype
+    parts = [
+        real(z).to(dtype).reshape(blocks.columns, blocks.batch, -1).transpose(0, 1) for z in state.values() if z.numel()
+    ]
+    return torch.cat(parts, -1) if parts else result.weight.new_zeros(blocks.batch, blocks.columns, 1)

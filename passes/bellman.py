@@ -17,6 +17,9 @@ weight, padding, a column without curvature).
 Preconditioner row (the paper's): ``C_t = C - C K C``, ``b_t = b - C K b - C v``, C and b those of
 t+1. That is not positive semidefinite once an eigenvalue of ``H = E^T K E`` (C = E E^T) exceeds 1;
 then the eigenvalue of ``I - H`` is clamped at 0, and counted: C_t = E max(I - H, 0) E^T.
+
+With ``tikhonov`` = eps_V (Alg. 3: V_xx + eps_V I), C_t + eps_V (Z_t^T Z_t)^+ is what stage t - 1 sees, the
+pseudoinverse taken sample by sample: eps_V I projected on what the sample's columns span.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ddpn_fx.passes.rules import Blocks
 
 
 @dataclass
@@ -112,40 +117,113 @@ def folded(
     return terminal.free + root * solve(factorize(total, root), root * rhs), total, shift
 
 
-def gauss_newton(grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal) -> list[Policy]:
-    """Policies of every stage, by the Gauss-Newton row: one Cholesky solve a stage."""
-    policies: list[Policy] = []
-    root = terminal.curved.sqrt()
-    total = torch.zeros_like(grams[0])
-    shift = torch.zeros_like(terminal.beta)
-    for gram, v in zip(reversed(grams), reversed(decay), strict=True):
-        total = total + gram
-        shift = shift if v is None else shift + v
-        factor = factorize(total, root)
-        rhs = terminal.beta - shift - matvec(total, terminal.free)
-        policies.append(Policy(terminal.free + root * solve(factor, root * rhs), factor, root))
-    return policies[::-1]
+class GaussNewton:
+    """The Gauss-Newton row, stage by stage from the last: one Cholesky solve a stage.
+
+    Attributes:
+        b: (G, n), b_{t+1} before the step of stage t, b_t after it.
+        clamps: None: nothing is clamped.
+    """
+
+    clamps: Tensor | None = None
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal, self.b = terminal, terminal.b
+        self.root = terminal.curved.sqrt()
+        self.total: Tensor | None = None
+        self.shift = torch.zeros_like(terminal.beta)
+
+    def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
+        """The policy of the next stage towards the first, for its K and v."""
+        terminal, root = self.terminal, self.root
+        self.total = gram if self.total is None else self.total + gram
+        self.shift = self.shift if decay is None else self.shift + decay
+        factor = factorize(self.total, root)
+        rhs = terminal.beta - self.shift - matvec(self.total, terminal.free)
+        self.b = terminal.free + root * solve(factor, root * rhs)
+        return Policy(self.b, factor, root)
 
 
-def preconditioner(
-    grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal
-) -> tuple[list[Policy], Tensor]:
-    """Policies of every stage, by the preconditioner row, and the number of clamped eigenvalues."""
-    policies: list[Policy] = []
-    b = terminal.b
-    root = torch.diag_embed(terminal.curved.sqrt())
-    clamps = torch.zeros((), dtype=b.dtype, device=b.device)
-    for gram, v in zip(reversed(grams), reversed(decay), strict=True):
+class PreconditionerRow:
+    """The preconditioner row, stage by stage from the last.
+
+    Attributes:
+        b: (G, n), b_{t+1} before the step of stage t, b_t after it.
+        clamps: 0-d, the eigenvalues clamped so far.
+    """
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.b = terminal.b
+        self.root = torch.diag_embed(terminal.curved.sqrt())
+        self.clamps: Tensor = torch.zeros((), dtype=self.b.dtype, device=self.b.device)
+
+    def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
+        """The policy of the next stage towards the first, for its K and v."""
+        b, root = self.b, self.root
         matrix = root @ root.mT
-        policies.append(Policy(b, matrix))
+        policy = Policy(b, matrix)
         values, vectors = _eigh(root.mT @ gram @ root)
-        clamps = clamps + (values > 1).sum()
+        self.clamps = self.clamps + (values > 1).sum()
         damp = 1.0 / values.clamp(min=1.0)
         left = root @ vectors
-        b_next = b - matvec(left, damp * matvec(left.mT, matvec(gram, b)))
-        b = b_next if v is None else b_next - matvec(matrix, v)
-        root = left * (1.0 - values).clamp(min=0.0).sqrt()[..., None, :] @ vectors.mT
-    return policies[::-1], clamps
+        b = b - matvec(left, damp * matvec(left.mT, matvec(gram, b)))
+        self.b = b if decay is None else b - matvec(matrix, decay)
+        self.root = left * (1.0 - values).clamp(min=0.0).sqrt()[..., None, :] @ vectors.mT
+        return policy
+
+    def regularize(self, term: Tensor) -> None:
+        """Add a (G, n, n) term to C_t."""
+        values, vectors = _eigh(self.root @ self.root.mT + term)
+        self.root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
+
+
+class ExplicitGaussNewton:
+    """The Gauss-Newton row with C itself carried along, which eps_V can be added to.
+
+    Attributes:
+        b: (G, n), b_{t+1} before the step of stage t, b_t after it.
+        clamps: None: nothing is clamped.
+    """
+
+    clamps: Tensor | None = None
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.b, self.C = terminal.b, torch.diag_embed(terminal.curved)
+
+    def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
+        """``C_t = (I + C K)^-1 C``, ``b_t = (I + C K)^-1 (b - C v)``."""
+        b = self.b if decay is None else self.b - matvec(self.C, decay)
+        eye = torch.eye(self.C.shape[-1], dtype=b.dtype, device=b.device)
+        solved = torch.linalg.solve_ex(eye + self.C @ gram, torch.cat([self.C, b[..., None]], -1))[0]
+        self.C, self.b = solved[..., :-1], solved[..., -1]
+        return Policy(self.b, self.C)
+
+    def regularize(self, term: Tensor) -> None:
+        """Add a (G, n, n) term to C_t."""
+        self.C = self.C + term
+
+
+def projection(z: Tensor, blocks: Blocks) -> Tensor:
+    """What the identity over states is in sample space: ``(Z_i^T Z_i)^+`` of each sample, (G, n, n) (DESIGN 2.3).
+
+    Args:
+        z: (B, R, D), the cotangents of a state.
+        blocks: the blocks of the coupling.
+    """
+    gram = z @ z.mT
+    if blocks.columns == 1:
+        inverse = torch.where(
+            gram > 0, 1.0 / torch.where(gram > 0, gram, torch.ones_like(gram)), torch.zeros_like(gram)
+        )
+    else:
+        finite = gram.isfinite().all()
+        rtol = 1e-9 if gram.dtype == torch.float64 else 1e-5
+        inverse = torch.linalg.pinv(torch.where(finite, gram, torch.zeros_like(gram)), rtol=rtol, hermitian=True)
+        inverse = torch.where(finite, inverse, torch.full_like(inverse, torch.nan))
+    own = blocks.split(inverse)  # (G, g, R, R)
+    same = torch.eye(blocks.group, dtype=own.dtype, device=own.device)
+    spread = own[:, :, :, None, :] * same[:, None, :, None]
+    return spread.reshape(blocks.count, blocks.size, blocks.size)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -284,9 +284,20 @@ class TwinGamma(Gamma):
     def _run(self, face: Hashable, function: Callable[..., Any], *inputs: Tensor) -> Any:
         return self._twin.derivation.run((face, self._key), inputs, self._twin, self._copies, function)
 
-    def gram(self, blocks: Blocks) -> Tensor:
-        """Gamma^T Gamma in blocks: (G, n, n)."""
+    def gram(self, blocks: Blocks, metric: Any = None) -> Tensor:
+        """Gamma^T M^-1 Gamma in blocks: (G, n, n). What a metric maps is copied, the map itself is each parameter's."""
+        if metric is not None:
+            return super().gram(blocks, metric)
         return self._run(("gram", blocks), lambda: self._traced.gram(blocks))
+
+    def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """x and h of one use that is a product of both, where they are the cheaper way to K."""
+        return self._run(("factors", blocks), lambda: self._traced.factors(blocks))
+
+    def product_moments(self, coefficient: Tensor, diagonal: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        """E[V_h V_h^T] and E[x x^T] of the one use."""
+        function = self._traced.product_moments
+        return self._run(("moments", diagonal), lambda c: function(c, diagonal), coefficient)
 
     def columns(self) -> Tensor:
         """Gamma itself: (B, R, *M)."""

@@ -1,4 +1,4 @@
-"""Feedback: roll the policies out, ``du_t = -eta (Gamma_t omega_t + wd u_t)``, omega_t reacting to y_t = Z_t^T dx_t.
+"""Feedback: roll the policies out, ``du_t = -eta M_t^-1 (Gamma_t omega_t + wd u_t)``, omega_t for y_t = Z_t^T dx_t.
 
 In the linear rollout y follows from K alone, ``y_{t+1} = y_t - (K_t omega_t + v_t)`` (K, v with eta
 inside); in the nonlinear one a second forward pass with the new controls gives dx_t (Alg. 3). The
@@ -16,8 +16,8 @@ from ddpn_fx.passes import bellman
 from ddpn_fx.passes.backward import Linearization, exact
 from ddpn_fx.passes.gamma import Gammas
 from ddpn_fx.passes.ir import Chain, Kind, Stage
-from ddpn_fx.passes.linearize import Env, Parameters, forward
-from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
+from ddpn_fx.passes.linearize import Env, Parameters, forward, real
+from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode, state_key
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory
 
@@ -53,7 +53,8 @@ class Rollout:
         self.trajectory, self.linear, self.hyper, self.state = trajectory, linear, hyper, state
         self.group = dict(mode.group)
         self.changes: dict[str, Tensor] = {}
-        self.new_state: dict[str, Tensor] = {"step": state["step"] + 1} if mode.average else {}
+        self.new_state: dict[str, Tensor] = {"step": state["step"] + 1} if mode.counts else {}
+        self.new_state |= linear.metric_state
         self._exact: tuple[Tensor, Gammas] | None = None
 
     def run(self) -> dict[str, Tensor]:
@@ -120,8 +121,8 @@ class Rollout:
         dtype = linear.terminal.beta.dtype
         total = torch.zeros(batch, columns, dtype=dtype, device=linear.weight.device)
         for node, z in linear.states[stage.index].items():
-            dx = _real(env[node] - self.trajectory.env[node]).to(dtype).reshape(batch, -1)
-            total = total + torch.einsum("rbd,bd->br", _real(z).to(dtype).reshape(columns, batch, -1), dx)
+            dx = real(env[node] - self.trajectory.env[node]).to(dtype).reshape(batch, -1)
+            total = total + torch.einsum("rbd,bd->br", real(z).to(dtype).reshape(columns, batch, -1), dx)
         for gamma in linear.gammas.of(self.changes):
             later = gamma.inner(self.changes[gamma.name], first_stage=stage.index)
             total = total if later is None else total + later.to(dtype)
@@ -141,19 +142,25 @@ class Rollout:
                 self._change(gamma.name, gamma.contract(factor))
 
     def _change(self, name: str, direction: Tensor) -> Tensor:
-        """du of one parameter: ``-eta (Gamma omega + wd u)``, through momentum or beta1's average."""
+        """du of one parameter: ``-eta M^-1 (Gamma omega + wd u)``, through momentum or beta1's average.
+
+        As in torch.optim, beta1 averages what M^-1 then divides, and momentum what it has divided.
+        """
         g = self.group[name]
         value = self.trajectory.parameters.params[name]
         direction = direction.to(value.dtype)
         if self.mode.decay[g] and not self.mode.decoupled:
             direction = direction + self.hyper.weight_decay[g] * value
+        key, metric = state_key(self.mode.buffer, name), self.linear.metrics.get(name)
         if self.mode.average:
             beta1 = self.hyper.beta1
-            self.new_state[name] = beta1 * self.state[name] + (1 - beta1) * direction
-            direction = self.new_state[name] / (1 - beta1 ** self.new_state["step"])
-        elif self.mode.momentum[g]:
-            direction = self.hyper.momentum[g] * self.state[name] + direction
-            self.new_state[name] = direction
+            self.new_state[key] = beta1 * self.state[key] + (1 - beta1) * direction
+            direction = self.new_state[key] / (1 - beta1 ** self.new_state["step"])
+        if metric is not None:
+            direction = metric.solve(direction).to(value.dtype)
+        if not self.mode.average and self.mode.momentum[g]:
+            direction = self.hyper.momentum[g] * self.state[key] + direction
+            self.new_state[key] = direction
         change = -self.hyper.lr[g] * direction
         if self.mode.decay[g] and self.mode.decoupled:
             change = change - self.hyper.lr[g] * self.hyper.weight_decay[g] * value
@@ -176,8 +183,3 @@ class Rollout:
         clamps = zero if self.linear.clamps is None else self.linear.clamps.to(zero.dtype)
         skipped = (~(finite & loss.isfinite()) | (fault > 0)).to(zero.dtype)
         return dict(zip(STATISTICS, (loss, predicted, max_y, clamps, clipped, skipped, fault), strict=True))
-
-
-def _real(t: Tensor) -> Tensor:
-    """A complex tensor as pairs of real numbers: the inner product of cotangent and displacement is real."""
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t

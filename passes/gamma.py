@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from ddpn_fx.passes.ir import Chain, ParamUse, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, rules
 from ddpn_fx.passes.rules import Blocks, Rule
-from ddpn_fx.passes.rules.base import accumulate_dtype, gram_matrix
+from ddpn_fx.passes.rules.base import accumulate_dtype, gram_matrix, product_gram
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,27 @@ class Gamma:
     parameters: Parameters
     entries: list[Entry] = field(default_factory=list)
 
-    def gram(self, blocks: Blocks) -> Tensor:
-        """Gamma^T Gamma in blocks: (G, n, n)."""
+    def gram(self, blocks: Blocks, metric: Any = None) -> Tensor:
+        """Gamma^T M^-1 Gamma in blocks, for a :class:`~ddpn_fx.passes.metric.Metric` or the identity: (G, n, n)."""
+        if metric is not None:
+            factors = None if metric.sides is None else self.factors(blocks)
+            if factors is not None:
+                (x, h), (rows, columns) = factors, metric.sides
+                return product_gram(columns(x), rows(h), blocks)
+            return gram_matrix(blocks.matrix(metric.whiten(self.columns())))
         if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
+
+    def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """x and h of one use that is a product of both, where they are the cheaper way to K."""
+        (entry, *others) = self.entries
+        return None if others or entry.argument.op != "placeholder" else entry.rule.factors(entry.argument, blocks)
+
+    def product_moments(self, coefficient: Tensor, diagonal: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        """As :meth:`ddpn_fx.passes.rules.Rule.product_moments`, of the one use."""
+        (entry,) = self.entries
+        return entry.rule.product_moments(entry.argument, coefficient, diagonal)
 
     def columns(self) -> Tensor:
         """Gamma itself: (B, R, *M), summed over the uses."""

@@ -108,6 +108,11 @@ def differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def real(t: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers: the inner product of cotangent and displacement is real."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
 def context(chain: Chain, buffers: Mapping[str, Tensor], leaves: list[Any], params: Mapping[str, Tensor]) -> Env:
     """Values of every context node: data, constants, sizes, masks, frozen parameters."""
     env: Env = {}

@@ -26,6 +26,7 @@ from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.log import PassRecord, log, op_counts, timed
 from ddpn_fx.passes.mode import STATISTICS, Hyper
 from ddpn_fx.passes.program import Program
+from ddpn_fx.passes.provenance import KEYS, origin
 from ddpn_fx.passes.verify import HELD
 
 aten = torch.ops.aten
@@ -205,14 +206,17 @@ def trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModul
     # One mode for every node's ``val``: without it make_fx makes a mode for each node, at the price of a stack trace.
     values = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
     with _quiet(), values, torch.no_grad(), random_state(flat):
-        module = _trace(function, flat)
+        module, sharing = _trace(function, flat)
         if not make_functional(module.graph):  # a composite operator that works in place
-            module = make_fx(torch.func.functionalize(function, remove="mutations"))(*flat)
+            functional = torch.func.functionalize(_Relabelled(module).run, remove="mutations")
+            module = make_fx(functional)(*flat)
+        if sharing is not None:
+            module.meta["stages"] = {"derived": sharing.derived, "copied": sharing.copied}
         return module
 
 
-def _trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModule:
-    """``make_fx`` in which identical stages are derived once."""
+def _trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> tuple[fx.GraphModule, Sharing | None]:
+    """``make_fx`` in which identical stages are derived once, where they can be."""
     sharing = Sharing()
 
     def sharing_function(*tensors: Tensor) -> Any:
@@ -220,12 +224,18 @@ def _trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModu
             return function(*tensors)
 
     try:
-        module = make_fx(sharing_function)(*flat)
+        return make_fx(sharing_function)(*flat), sharing
     except NotSharedError as reason:
         log.debug("trace: every stage by itself, since %s", reason)
-        return make_fx(function)(*flat)
-    module.meta["stages"] = {"derived": sharing.derived, "copied": sharing.copied}
-    return module
+        return make_fx(function)(*flat), None
+
+
+class _Relabelled(fx.Interpreter):
+    """Runs a traced graph so that a trace of the run keeps its labels."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with origin({k: n.meta[k] for k in KEYS if k in n.meta}):
+            return super().run_node(n)
 
 
 def _write_in_place(module: fx.GraphModule, written: Sequence[tuple[int, int]]) -> None:
@@ -292,9 +302,9 @@ def parts(
         return [trajectory.loss, *(trajectory.env[n] for n in [*kept, *chain.terminal])]
 
     def backward(*flat: Tensor) -> list[Tensor]:
-        p, b, x, v, _ = names.unflatten(flat[: len(base)], program)
+        p, b, x, v, s = names.unflatten(flat[: len(base)], program)
         trajectory = program.simulate(p, b, x, dict(zip(kept, flat[len(base) :], strict=True)))
-        linear = program.backward(trajectory, Hyper.unpack(v))
+        linear = program.backward(trajectory, Hyper.unpack(v), s)
         if linear.folded is not None:
             return list(linear.folded)
         return [t for policy in linear.policies for t in (policy.open, policy.factor) if t is not None] or [
@@ -305,7 +315,7 @@ def parts(
         p, b, x, v, s = names.unflatten(flat[: len(base)], program)
         trajectory = program.simulate(p, b, x, dict(zip(kept, flat[len(base) : len(base) + len(kept)], strict=True)))
         hyper = Hyper.unpack(v)
-        linear = program.backward(trajectory, hyper)
+        linear = program.backward(trajectory, hyper, s)
         given = iter(flat[len(base) + len(kept) :])
         if linear.folded is not None:
             linear.folded = (next(given), next(given), next(given))

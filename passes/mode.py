@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ddpn_fx.passes.loss import Phi
+from ddpn_fx.passes.metric import Preconditioner
 
 STATISTICS = ("loss", "predicted_decrease", "max_y", "clamps", "clipped", "skipped", "fault")
 # Values of the "fault" statistic.
@@ -53,6 +54,16 @@ class TerminalFactor(Protocol):
         ...
 
 
+def state_key(slot: str, name: str) -> str:
+    """The key of one tensor of the optimiser state: what it is, of which parameter."""
+    return f"{slot}/{name}"
+
+
+def slots_of(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one parameter in the optimiser state, by slot."""
+    return {k.partition("/")[0]: t for k, t in state.items() if k.partition("/")[2] == name}
+
+
 @dataclass(frozen=True)
 class Mode:
     """Everything about a step that is structure, not a number.
@@ -70,6 +81,8 @@ class Mode:
         decoupled: whether weight decay is outside the recursion.
         momentum: for each group whether it has a momentum buffer.
         average: whether directions are averaged with beta1.
+        preconditioner: what makes M; None for the identity.
+        tikhonov: whether eps_V is added.
     """
 
     terminal: TerminalFactor
@@ -84,6 +97,18 @@ class Mode:
     decoupled: bool
     momentum: tuple[bool, ...]
     average: bool
+    preconditioner: Preconditioner | None = None
+    tikhonov: bool = False
+
+    @property
+    def buffer(self) -> str:
+        """torch.optim's name of the average of directions that is kept."""
+        return "exp_avg" if self.average else "momentum_buffer"
+
+    @property
+    def counts(self) -> bool:
+        """Whether the number of steps is part of the state, as ``"step"``."""
+        return self.average or self.preconditioner is not None
 
     def group_size(self, batch: int) -> int:
         """Samples in one block of the coupling."""
@@ -99,18 +124,21 @@ class Hyper:
     gain: Tensor
     trust: Tensor
     beta1: Tensor
+    tikhonov: Tensor
     lr: tuple[Tensor, ...]
     weight_decay: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
 
     @staticmethod
-    def pack(gain: float, trust: float, beta1: float, groups: Sequence[Mapping[str, Any]]) -> list[float]:
-        """The vector of numbers: gain, trust, beta1, then lr, weight_decay, momentum of each group."""
+    def pack(
+        gain: float, trust: float, beta1: float, tikhonov: float, groups: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
+        """The vector of numbers: gain, trust, beta1, tikhonov, then lr, weight_decay, momentum of each group."""
         rows = [float(g[k]) for g in groups for k in ("lr", "weight_decay", "momentum")]
-        return [float(gain), float(trust), float(beta1), *rows]
+        return [float(gain), float(trust), float(beta1), float(tikhonov), *rows]
 
     @classmethod
     def unpack(cls, vector: Tensor) -> Hyper:
         """The inverse of :meth:`pack`."""
         values = vector.unbind()
-        return cls(values[0], values[1], values[2], values[3::3], values[4::3], values[5::3])
+        return cls(*values[:4], values[4::3], values[5::3], values[6::3])

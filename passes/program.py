@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ddpn_fx.passes.backward import Linearization, backward
 from ddpn_fx.passes.feedback import Rollout
 from ddpn_fx.passes.ir import Chain
+from ddpn_fx.passes.metric import Site, sites
 from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory, new_buffers, simulate
@@ -43,6 +44,13 @@ class Program:
         self.group = dict(mode.group)
         self.controls = [[p for p in s.controls if p in self.group] for s in chain.stages]
         self.trained = [p for ps in self.controls for p in ps]
+        self._sites: dict[str, Site] | None = None
+
+    def sites(self, params: Mapping[str, Tensor]) -> dict[str, Site]:
+        """The controls as a preconditioner sees them, by name."""
+        if self._sites is None:
+            self._sites = sites(self.chain, params)
+        return self._sites
 
     def kernels(self) -> AbstractContextManager[None]:
         """Attention as plain operators where several columns are pulled back: its fused backward cannot be batched."""
@@ -60,9 +68,9 @@ class Program:
         """The nominal trajectory; with ``given`` states, noise and statistics each stage is run from its own."""
         return simulate(self.chain, self.mode, self.batch, params, buffers, leaves, given)
 
-    def backward(self, trajectory: Trajectory, hyper: Hyper) -> Linearization:
-        """The linearisation and the policies."""
-        return backward(self.chain, self.mode, self.controls, self.batch, trajectory, hyper)
+    def backward(self, trajectory: Trajectory, hyper: Hyper, state: Mapping[str, Tensor]) -> Linearization:
+        """The linearisation, the metrics and the policies."""
+        return backward(self.chain, self.mode, self.controls, self.batch, trajectory, hyper, state)
 
     def feedback(
         self, trajectory: Trajectory, linear: Linearization, hyper: Hyper, state: Mapping[str, Tensor]
@@ -87,7 +95,7 @@ class Program:
         hyper = Hyper.unpack(vector)
         with self.kernels():
             trajectory = self.simulate(params, buffers, leaves)
-            linear = self.backward(trajectory, hyper)
+            linear = self.backward(trajectory, hyper, state)
             changes, new_state, statistics = self.feedback(trajectory, linear, hyper, state)
         with origin({"role": "update"}):
             ok = statistics["skipped"] == 0

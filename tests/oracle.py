@@ -54,6 +54,9 @@ class Stage:
     f: Callable[[Params, State], State]
 
 
+Metric = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Loss:
     """The user's loss.
@@ -555,11 +558,16 @@ def step(
     buffers: Params | None = None,
     steps_done: int = 0,
     noise: Tensor | None = None,
+    metric: Metric | None = None,
+    moments: str = "gradient",
 ) -> Result:
     """One step of DDPNOpt: simulate, backward, feedback (DESIGN 2.2, 2.3).
 
     buffers: those of the step before, None at the first. steps_done: how many steps came before (beta1's correction).
     noise: see `draw_noise`. Any dtype is taken to float64.
+
+    metric: M of one parameter from its columns and V_x, dense: `metric(name, u, G, c) -> (m, m)` with G (N, m) and
+    V_x = sum_k c_k z_k, c (N,), weighted as in du; None: the identity. moments: c of b_T or ("value") of b_{t+1}.
 
     With tikhonov, the policy of stage t uses C_{t+1} as it is after the term was added, and its own C_t before.
     """
@@ -581,20 +589,19 @@ def step(
     same_group = torch.zeros(N, N).double()
     for block in blocks(B, r, settings.coupling):
         same_group[block, block] = 1.0
-    Gamma, K, v = [], [], []
-    for stage in stages:
-        Gamma_t = [torch.zeros(N, 0).double()]
+    Gamma = [[sum(use[name] for use in uses) for name in stage.controls] for stage in stages]
+    inverse: dict[str, Tensor] = {}
+
+    def kernel(t: int, c: Tensor) -> tuple[Tensor, Tensor]:
         eta_K, pull = torch.zeros(N, N).double(), torch.zeros(N).double()
-        for name in stage.controls:
-            G = sum(use[name] for use in uses)
-            eta = _of(settings.lr, name)
-            eta_K += eta * G @ G.T
+        for name, G in zip(stages[t].controls, Gamma[t], strict=True):
+            u, eta = params[name].flatten(), _of(settings.lr, name)
+            M = torch.eye(u.numel()).double() if metric is None else metric(name, params[name], G, c)
+            inverse[name] = torch.linalg.inv(M)
+            eta_K += eta * G @ inverse[name] @ G.T
             if not settings.decoupled:
-                pull += G @ (eta * _of(settings.weight_decay, name) * params[name].flatten())
-            Gamma_t.append(G)
-        Gamma.append(torch.cat(Gamma_t, 1))
-        K.append(eta_K * same_group)
-        v.append(pull)
+                pull += G @ inverse[name] @ (eta * _of(settings.weight_decay, name) * u)
+        return eta_K * same_group, pull
 
     # backward
     w_k, curved_k, beta_k = terminal.w.repeat_interleave(r), terminal.curved.repeat(B), terminal.beta.flatten()
@@ -604,8 +611,12 @@ def step(
         C_T, b_T, in_du = (w_k * curved_k).diag(), w_k * beta_k, torch.ones(N).double()
     C, b = [C_T] * (T + 1), [b_T] * (T + 1)
     policy = [(b_T, C_T)] * T
+    K, v = [torch.zeros(N, N).double()] * T, [torch.zeros(N).double()] * T
     clamps = 0
-    for t in reversed(range(T)) if settings.feedback else []:
+    for t in reversed(range(T)):
+        K[t], v[t] = kernel(t, in_du * (b[t + 1] if moments == "value" else b_T))
+        if not settings.feedback:
+            continue
         if settings.quu == "gauss-newton":
             C[t], b[t] = bellman_gauss_newton(C[t + 1], b[t + 1], K[t], v[t])
             policy[t] = b[t], C[t]
@@ -628,13 +639,12 @@ def step(
         seen = y[t] if settings.trust is None else y[t].clamp(-settings.trust, settings.trust)
         b_policy, C_policy = policy[t]
         omega.append(b_policy + settings.gain * C_policy @ seen if settings.feedback else b_T)
-        direction = Gamma[t].T @ (in_du * omega[t])
-        sizes = [params[name].numel() for name in stage.controls]
-        for name, d in zip(stage.controls, direction.split(sizes) if sizes else [], strict=True):
+        for name, G in zip(stage.controls, Gamma[t], strict=True):
+            d = G.T @ (in_du * omega[t])
             if isinstance(settings.lr, Mapping) and name not in settings.lr:
                 continue
             gradient = d.reshape(params[name].shape)
-            du[name] = update(name, params[name], gradient, buffers, steps_done + 1, settings)
+            du[name] = update(name, params[name], gradient, inverse[name], buffers, steps_done + 1, settings)
             controls[name] = params[name] + du[name]
             predicted_without_feedback -= (gradient * du[name]).sum()
         y.append(y[t] - (K[t] @ omega[t] + v[t]) if settings.feedback else y[t])
@@ -654,7 +664,7 @@ def step(
         y=y,
         omega=omega,
         Z=Z,
-        Gamma=Gamma,
+        Gamma=[torch.cat([torch.zeros(N, 0).double(), *G], 1) for G in Gamma],
         S=terminal.S,
         beta=terminal.beta,
         w=terminal.w,
@@ -683,20 +693,25 @@ def reaction(x: State, xhat: State, Z: Tensor, later_uses: Sequence[Params], du:
     return y
 
 
-def update(name: str, u: Tensor, gradient: Tensor, buffers: Params, step_number: int, settings: Settings) -> Tensor:
-    """du of one parameter from Gamma omega, and its buffer updated in place of the old one.
+def update(
+    name: str, u: Tensor, gradient: Tensor, inverse: Tensor, buffers: Params, step_number: int, settings: Settings
+) -> Tensor:
+    """du of one parameter from Gamma omega and M^-1, and its buffer updated in place of the old one.
 
-    d = Gamma omega (+ wd u); momentum as torch.optim.SGD, buf = momentum buf + d; beta1 as Adam's first moment,
-    m = beta1 m + (1 - beta1) d over 1 - beta1^step; du = -eta (direction) (- eta wd u if decoupled).
+    d = Gamma omega (+ wd u); momentum as torch.optim.RMSprop's, buf = momentum buf + M^-1 d; beta1 as Adam's first
+    moment, M^-1 m, m = beta1 m + (1 - beta1) d over 1 - beta1^step; du = -eta (direction) (- eta wd u if decoupled).
     """
+    solve = lambda t: (inverse @ t.flatten()).reshape(u.shape)  # noqa: E731
     eta, decay, momentum = (_of(x, name) for x in (settings.lr, settings.weight_decay, settings.momentum))
     d = gradient if settings.decoupled else gradient + decay * u
     if momentum:
-        buffers[name] = d = momentum * buffers.get(name, torch.zeros_like(u)) + d
+        buffers[name] = d = momentum * buffers.get(name, torch.zeros_like(u)) + solve(d)
     elif settings.beta1:
         average = settings.beta1 * buffers.get(name, torch.zeros_like(u)) + (1 - settings.beta1) * d
         buffers[name] = average
-        d = average / (1 - settings.beta1**step_number)
+        d = solve(average / (1 - settings.beta1**step_number))
+    else:
+        d = solve(d)
     return -eta * d - (eta * decay * u if settings.decoupled else 0.0)
 
 

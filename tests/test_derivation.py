@@ -19,6 +19,7 @@ from ddpn_fx.passes.functional import make_functional, mutates
 from ddpn_fx.passes.ir import Layout
 from ddpn_fx.passes.probe import Differences
 from ddpn_fx.passes.rules.base import batch_first
+from ddpn_fx.preconditioners import Kronecker
 
 aten = torch.ops.aten
 
@@ -192,23 +193,22 @@ MODES = {
     "open loop": {"feedback": False},
     "nonlinear": {"rollout": "nonlinear"},
     "columns, momentum, decay": {"rank": None, "momentum": 0.9, "weight_decay": 0.1},
-    "groups, clip": {"coupling": 2, "trust": 1.0, "gain": 0.5, "weight_decay": 0.1, "decoupled": True},
+    "groups, clip": {"coupling": 2, "trust": 1.0, "tikhonov": 0.1, "weight_decay": 0.1, "decoupled": True},
+    "diagonal": {"preconditioner": "diagonal", "lr": 0.01, "momentum": 0.9},
+    "factored": {"preconditioner": "factored", "lr": 0.01},
+    "kronecker, of values": {"preconditioner": Kronecker(moments="value"), "lr": 0.01, "coupling": 2},
     "the paper's": {
         "coupling": "sample", "quu": "preconditioner", "terminal": "gradient", "rollout": "nonlinear", "beta1": 0.9
     },
 }  # fmt: skip
-NETS = {
-    "layer norm": (lambda: deep(), 16, 4),
-    "noise": (lambda: deep(p=0.4), 16, 4),
-    "batch norm": (lambda: deep(norm=nn.BatchNorm1d), 16, 4),
-}
+STATISTICS = ("default", "nonlinear", "kronecker, of values")  # what differs through batch statistics
+CASES = [("noise", mode) for mode in MODES] + [("batch norm", mode) for mode in STATISTICS]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_shared_derivation_gives_the_graph_of_deriving_each_stage(name, mode, monkeypatch):
     """Node by node: operators, constants, edges, module paths and source lines; so bit for bit, and the same draws."""
-    model = NETS[name][0]()
+    model = deep(3, p=0.4) if name == "noise" else deep(3, norm=nn.BatchNorm1d)
     loss, weights, module = step(model, **MODES[mode])
     counts = module.meta["stages"]
     assert counts["copied"] > counts["derived"] > 0

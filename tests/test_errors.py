@@ -86,7 +86,7 @@ OPTIONS = [
     ({"feedback": "yes"}, r"feedback='yes' must be True or False"),
     ({"feedback": 1}, r"feedback=1 must be True or False"),
     ({"decoupled": None}, r"decoupled=None must be True or False"),
-    ({"tikhonov": 0.1}, r"tikhonov=0.1.*leave it at 0.0"),
+    ({"tikhonov": -0.1}, r"tikhonov=-0.1 must be finite and not negative"),
     ({"rank": 0}, r"rank=0 must be a positive integer, or None"),
     ({"rank": 1.0}, r"rank=1.0 must be a positive integer, or None"),
     ({"rank": True}, r"rank=True must be"),
@@ -533,29 +533,22 @@ def test_a_parameter_that_is_not_used_stays():
     assert torch.equal(net.idle.weight, before)
 
 
-class Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
-class StraightThrough(nn.Module):
+class Hooked(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.fc2(Sign.apply(self.fc1(x)))
+        h = self.fc1(x)
+        if h.requires_grad:
+            h.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+        return self.fc2(h)
 
 
 def test_a_gradient_that_the_capture_loses():
-    net = compiled(StraightThrough())
+    net = compiled(Hooked())
     opt = ddpn_fx.DDPNOpt(net)
-    match = r"gives another gradient than the model for fc1.weight, fc1.bias.*autograd.Function"
+    match = r"gives another gradient than the model for fc1.weight, fc1.bias.*hooks.*autograd.Function"
     with refused(net, CaptureError, match, opt):
         opt.train_step(*batch())
 

@@ -35,6 +35,16 @@ RECURSIONS = {
     "preconditioner-clamped": {"quu": "preconditioner", "lr": 30.0},
     "paper": {"quu": "preconditioner", "coupling": "sample", "rollout": "nonlinear", "lr": 0.1},
     "paper-clamped": {"quu": "preconditioner", "coupling": "sample", "rollout": "nonlinear", "lr": 3.0, "trust": 1.0},
+    "tikhonov": {"tikhonov": 0.02},
+    "tikhonov-nonlinear": {"tikhonov": 0.02, "rollout": "nonlinear", "coupling": 3, "lr": 0.3},
+    "tikhonov-paper": {
+        "tikhonov": 0.01,
+        "quu": "preconditioner",
+        "coupling": "sample",
+        "rollout": "nonlinear",
+        "lr": 0.05,
+    },
+    "tikhonov-preconditioner": {"tikhonov": 0.01, "quu": "preconditioner", "lr": 0.05},
     "open": {"feedback": False, "lr": 0.1},
 }
 

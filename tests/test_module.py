@@ -696,7 +696,7 @@ def test_a_model_in_data_parallel_is_named():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"model": F.relu}, TypeError, "model must be an nn.Module, not "),
+        ({"model": F.relu}, TypeError, "model must be an nn.Module or a torch.export.ExportedProgram, not "),
         ({"loss": "ce"}, TypeError, "loss must be a callable .* not str; .*cross_entropy"),
         ({"backend": "inducto"}, ValueError, "backend='inducto' is not known.*inductor"),
         ({"mode": "fast"}, ValueError, "refuses mode='fast'.*reduce-overhead"),

@@ -176,8 +176,11 @@ class Comparison:
         return self.opt.train_step
 
     def _accuracy(self, model: nn.Module) -> float:
+        """Test accuracy in eval mode, in per cent."""
+        model.eval()
         with torch.no_grad():
-            predicted = model(self.data.x_test).argmax(dim=1)
+            predicted = torch.cat([model(x).argmax(dim=1) for x in self.data.x_test.split(1000)])
+        model.train()
         return 100.0 * float((predicted == self.data.y_test).float().mean())
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ddpn_fx.exporting.runtime import same
+from ddpn_fx.passes.custom_function import CustomFunction
 
 INLINE_LIMIT = 64
 
@@ -78,7 +79,8 @@ def callable_source(target: Callable[..., Any]) -> Reference | None:
     """Find how a graph's callable is reached from a fresh interpreter.
 
     Args:
-        target: an OpOverload, a higher-order operator, a function of torch, of the standard library or of the user.
+        target: an OpOverload, a higher-order operator, a custom function, a function of torch, of the standard library
+            or of the user.
 
     Returns:
         The expression and its import, checked to lead to the same object; None where nothing does (a lambda, a local
@@ -92,6 +94,11 @@ def callable_source(target: Callable[..., Any]) -> Reference | None:
         if namespace == "aten":
             return Reference(f"aten.{rest}", "")
         return Reference(f"torch.ops.{namespace}.{rest}", namespace if namespace in sys.modules else "")
+    if isinstance(target, CustomFunction):
+        function = target.function
+        found = not target.fixed and _lookup(function.__module__, function.__qualname__) is function
+        place = f"{function.__module__}.{function.__qualname__}.apply"
+        return Reference(place, function.__module__) if found else None
     module = (getattr(target, "__module__", None) or "torch").replace("_operator", "operator")
     name = getattr(target, "__qualname__", None) or getattr(target, "__name__", "")
     for place in (module, "torch", "torch.nn.functional"):

@@ -119,6 +119,30 @@ class Rule:
         """Whether the rule serves this use of the operator."""
         return True
 
+    @classmethod
+    def product_groups(cls, node: fx.Node, argument: fx.Node) -> int:
+        """S, where the columns are S sums of outer products, rows x columns of the argument each; 0 where not."""
+        return 0
+
+    def product_moments(
+        self, argument: fx.Node, coefficient: Tensor, diagonal: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """E[V_h V_h^T] (over samples, summed over positions) and E[x x^T] (over both) of an argument's products.
+
+        Args:
+            argument: one with :meth:`product_groups`.
+            coefficient: (B, R): ``V_h = sum_c coefficient[:, c] h[c]``; its dtype is that of the moments.
+            diagonal: for either side whether its diagonal alone is wanted.
+
+        Returns:
+            (S, rows, rows) or (S, rows); (S, columns, columns) or (S, columns).
+        """
+        raise NotImplementedError
+
+    def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """x (B, P, I) and h (B, R, P, O) of an argument's products; None where its columns are the cheaper way to K."""
+        return None
+
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """K = Gamma^T Gamma in blocks: (G, n, n)."""
         return gram_matrix(blocks.matrix(self.dense(argument)))
@@ -193,6 +217,11 @@ def gram_matrix(columns: Tensor) -> Tensor:
     """(G, n, m) -> (G, n, n), in the accumulation dtype; one block is a plain product, faster than a batched one."""
     columns = columns.to(accumulate_dtype(columns.dtype))
     return (columns[0] @ columns[0].mT)[None] if columns.shape[0] == 1 else columns @ columns.mT
+
+
+def second_moment(vectors: Tensor, diagonal: bool) -> Tensor:
+    """(S, n, d) -> (S, d, d), or (S, d) of the diagonal: the sum of outer products."""
+    return (vectors * vectors).sum(1) if diagonal else vectors.mT @ vectors
 
 
 def positions(t: Tensor, layout: Layout, batch: int, at: int = 0) -> Tensor:

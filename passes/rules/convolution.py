@@ -20,10 +20,12 @@ from ddpn_fx.passes.provenance import describe
 from ddpn_fx.passes.rules.base import (
     Blocks,
     Rule,
+    accumulate_dtype,
     batch_first,
     gram_matrix,
     prefer_grams,
     product_gram,
+    second_moment,
     spatial_columns,
 )
 
@@ -86,6 +88,29 @@ class Convolution(Rule):
             return self.h.sum(-1).flatten(2)
         products = self.h @ self.patches[:, None].mT  # (B, R, S, O, I)
         return products.reshape(*products.shape[:2], *self.values[argument].shape)
+
+    @classmethod
+    def product_groups(cls, node: fx.Node, argument: fx.Node) -> int:
+        """The weight's columns are outer products in each group."""
+        if argument is not node.args[1]:
+            return 0
+        return int(cast(int, node.args[6])) if len(node.args) > 6 else 1
+
+    def product_moments(
+        self, argument: fx.Node, coefficient: Tensor, diagonal: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Of cotangents and patches, group by group."""
+        x = self.patches.to(coefficient.dtype).permute(1, 0, 3, 2).flatten(1, 2)
+        h = torch.einsum("br,brsol->sblo", coefficient, self.h.to(coefficient.dtype)).flatten(1, 2)
+        return second_moment(h, diagonal[0]) / self.batch, second_moment(x, diagonal[1]) / x.shape[1]
+
+    def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Patches and cotangents, where positions are few."""
+        (_, _, i, length), o = self.patches.shape, self.h.shape[3]
+        if self.groups != 1 or not prefer_grams(length, i, o, blocks.group, self.columns):
+            return None
+        dtype = accumulate_dtype(self.h.dtype)
+        return self.patches[:, 0].mT.to(dtype), self.h[:, :, 0].mT.to(dtype)
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """From Grams over positions where these are few, else from per-sample gradients."""

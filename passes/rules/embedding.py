@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, batch_first, positions
+from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, batch_first, positions, second_moment
 
 
 class Embedding(Rule):
@@ -42,6 +42,22 @@ class Embedding(Rule):
         if isinstance(padding, int) and padding >= 0:
             h = h * (self.indices != padding).to(h.dtype)[:, None, :, None]
         return h
+
+    @classmethod
+    def product_groups(cls, node: fx.Node, argument: fx.Node) -> int:
+        """The table's columns are outer products of index and cotangent."""
+        return 1
+
+    def product_moments(
+        self, argument: fx.Node, coefficient: Tensor, diagonal: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """The rows' is the frequency of each index (always a diagonal), the columns' that of the cotangents."""
+        index = self.indices.flatten()
+        count = torch.zeros(self.values[argument].shape[0], dtype=coefficient.dtype, device=coefficient.device)
+        ones = torch.ones_like(index, dtype=coefficient.dtype)
+        h = torch.einsum("br,brpo->bpo", coefficient, self.h.to(coefficient.dtype)).flatten(0, 1)[None]
+        rows = count.index_add(0, index, ones)[None] / index.shape[0]
+        return rows, second_moment(h, diagonal[1]) / self.batch
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """sum_pq [index_p = index_q] (h_p . h_q)."""

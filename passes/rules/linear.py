@@ -13,7 +13,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, gram_matrix, positions, product_gram
+from ddpn_fx.passes.rules.base import (
+    Blocks,
+    Rule,
+    accumulate_dtype,
+    gram_matrix,
+    positions,
+    product_gram,
+    second_moment,
+)
 
 
 class Linear(Rule):
@@ -50,6 +58,24 @@ class Linear(Rule):
         h = self.h.to(accumulate_dtype(self.h.dtype))
         # With one position written as the weight's Gram of h is, so that the two become one.
         return gram_matrix(blocks.columns_of(h[:, :, 0] if h.shape[2] == 1 else h.sum(2)))
+
+    @classmethod
+    def product_groups(cls, node: fx.Node, argument: fx.Node) -> int:
+        """The weight's columns are outer products."""
+        return int(argument is node.args[1])
+
+    def product_moments(
+        self, argument: fx.Node, coefficient: Tensor, diagonal: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Of cotangents and inputs."""
+        x = self.x.to(coefficient.dtype).flatten(0, 1)[None]
+        h = torch.einsum("br,brpo->bpo", coefficient, self.h.to(coefficient.dtype)).flatten(0, 1)[None]
+        return second_moment(h, diagonal[0]) / self.batch, second_moment(x, diagonal[1]) / x.shape[1]
+
+    def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Inputs and cotangents."""
+        dtype = accumulate_dtype(self.x.dtype)
+        return self.x.to(dtype), self.h.to(dtype)
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Weight: (sum_c omega h)^T x in one product; bias: its sum over samples and positions."""

@@ -155,6 +155,84 @@ class Spiking(nn.Module):
         return self.b(Sign.apply(self.a(x)))
 
 
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -ctx.scale * g, None
+
+
+reverse = Reverse.apply  # bound before any capture, as such code does
+
+
+@family("domain adaptation, gradient reversal", vectors(5), CE)
+class Reversed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features, self.domain = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.domain(reverse(torch.tanh(self.features(x)), 0.7))
+
+
+class BinaryProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias=None):
+        ctx.save_for_backward(x, weight)
+        out = x @ weight.sign().t()
+        return out if bias is None else out + bias
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        grad_x, grad_w = g @ weight.sign(), (g.flatten(0, -2).t() @ x.flatten(0, -2)).clone()
+        grad_w[weight.abs() > 0.4] = 0
+        return grad_x, grad_w, g.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+
+
+@family("binarised layers by autograd.Function, weights inside", vectors(5), CE)
+class BinaryNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return BinaryProduct.apply(torch.tanh(BinaryProduct.apply(x, self.a.weight, self.a.bias)), self.b.weight, None)
+
+
+class Split(torch.autograd.Function):
+    """In the form with setup_context; two outputs, one without a derivative; calls another custom function."""
+
+    @staticmethod
+    def forward(x, rows):
+        return Sign.apply(x).reshape(rows, -1), x > 0
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.shape = inputs[0].shape
+        ctx.mark_non_differentiable(output[1])
+        ctx.cosine = inputs[0].cos()
+
+    @staticmethod
+    def backward(ctx, g, _):
+        return g.reshape(ctx.cosine.shape) * ctx.cosine, None
+
+
+@family("custom function with two outputs and a size", vectors(5), CE, slow=True)
+class SplitNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, positive = Split.apply(self.a(x), x.shape[0])
+        return self.b(h * (1.0 + positive))
+
+
 @family("quantisation-aware training, fake quantize", vectors(5), CE)
 class QAT(nn.Module):
     def __init__(self):

@@ -16,17 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS = ("sgd", "gauss-newton", "batches", "traced", "coverage", "noise")
 # What does not work yet: family -> (checks, why). Strict: a family that starts to pass must leave this list.
-KNOWN = {
-    "spiking net, surrogate gradient by autograd.Function": (
-        STEPS,
-        "export drops the custom backward: refused by name",
-    ),
-    "quantisation-aware training, fake quantize": (STEPS, "export has no fake kernel of the operator: refused"),
-    "DLRM": (STEPS, "EmbeddingBag: an operator with several outputs, refused at the first step"),
-    "bag of embeddings (EmbeddingBag, mean)": (STEPS, "EmbeddingBag: refused at the first step"),
-    "LSTM, bidirectional, 2 layers": (("noise",), "dropout between layers draws in another order: refused"),
-    "ViT, nn.TransformerEncoder": (("noise",), "dropout inside scaled_dot_product_attention: refused"),
-}
+KNOWN: dict[str, tuple[tuple[str, ...], str]] = {}
 
 
 def cases():

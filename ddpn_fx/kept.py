@@ -1,0 +1,93 @@
+"""What an optimizer keeps from step to step beside the weights: averages of directions, moments of the metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpn_fx.passes.mode import slots_of, state_key
+from ddpn_fx.passes.program import Program
+from ddpn_fx.passes.rules.base import accumulate_dtype
+
+
+class Kept:
+    """The state that programs read and write, over ``torch.optim.Optimizer.state`` (parameter -> slot -> tensor).
+
+    Attributes:
+        count: 0-d, steps taken as the programs see them (a skipped batch does not count); None before the first.
+        taken: calls of :meth:`refresh`, the same without asking the device.
+    """
+
+    def __init__(self) -> None:
+        self.count: Tensor | None = None
+        self.taken = 0
+        self._slots: dict[tuple[Program, str], tuple[str, ...]] = {}
+
+    def of(self, program: Program, state: MutableMapping[Any, Any], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that a program reads and writes, by its keys; made where they are missing."""
+        found: dict[str, Tensor] = {}
+        mode = program.mode
+        for name in program.trained:
+            averaged = mode.average or mode.momentum[program.group[name]]
+            if not (averaged or mode.preconditioner):  # asking for an entry of torch's state makes one
+                continue
+            kept = state[params[name]]
+            if averaged:
+                if kept.get(mode.buffer) is None:
+                    kept[mode.buffer] = torch.zeros_like(params[name], memory_format=torch.preserve_format)
+                found[state_key(mode.buffer, name)] = kept[mode.buffer]
+            found |= {state_key(slot, name): kept[slot] for slot in self._slots_of(program, name, params, kept)}
+        if mode.counts:
+            if self.count is None:
+                self.count = _zero(params)
+            found["step"] = self.count
+        return found
+
+    def _slots_of(
+        self, program: Program, name: str, params: Mapping[str, Tensor], kept: dict[str, Any]
+    ) -> tuple[str, ...]:
+        """The preconditioner's slots of one parameter."""
+        preconditioner = program.mode.preconditioner
+        if preconditioner is None:
+            return ()
+        if (program, name) not in self._slots:
+            like = params[name].detach().new_zeros((), dtype=accumulate_dtype(params[name].dtype))
+            fresh = preconditioner.state(program.sites(params)[name], like)
+            for slot, tensor in fresh.items():
+                if kept.get(slot) is None or kept[slot].shape != tensor.shape:
+                    kept[slot] = tensor
+            self._slots[program, name] = tuple(fresh)
+        return self._slots[program, name]
+
+    def refresh(self, program: Program, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """The preconditioner's work outside the step, after a step."""
+        preconditioner = program.mode.preconditioner
+        if preconditioner is None:
+            return
+        self.taken += 1
+        for name, site in program.sites(params).items():
+            if name in program.group:
+                preconditioner.refresh(site, slots_of(name, state), self.taken)
+
+    def load(self, count: Any, params: Mapping[str, Tensor]) -> None:
+        """Take a saved count of steps, or None; tensors that were there before are not known any more."""
+        self._slots.clear()
+        self.count, self.taken = None, 0
+        if count is not None:
+            self.count, self.taken = torch.as_tensor(count).to(_zero(params), copy=True), int(count)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": self.count, "taken": self.taken, "_slots": {}}
+
+
+def number_dtype(like: Tensor) -> torch.dtype:
+    """Of the numbers of a step: float32, or float64 for a float64 model."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _zero(params: Mapping[str, Tensor]) -> Tensor:
+    first = next(iter(params.values()))
+    return torch.zeros((), dtype=number_dtype(first), device=first.device)

@@ -1,0 +1,122 @@
+"""The arguments of ``DDPNOpt``: what they may be, and the errors where they are not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ddpn_fx.module import CompiledModule
+
+GROUP_KEYS = ("lr", "weight_decay", "momentum")
+
+
+def check_arguments(
+    net: Any,
+    *,
+    coupling: Any,
+    quu: Any,
+    rollout: Any,
+    feedback: Any,
+    decoupled: Any,
+    tikhonov: Any,
+    curvature: Any,
+    loss_floor: Any,
+    beta1: Any,
+) -> None:
+    """Check what is fixed when the optimizer is made.
+
+    Raises:
+        TypeError: ``net`` is no compiled module.
+        ValueError: an argument out of its values, named with what may stand there.
+    """
+    if not isinstance(net, CompiledModule):
+        raise TypeError(f"DDPNOpt: net must come from ddpn_fx.compile(model, loss=...), not be a {type(net).__name__}")
+    one_of("quu", quu, ("gauss-newton", "preconditioner"))
+    one_of("rollout", rollout, ("linear", "nonlinear"))
+    if isinstance(coupling, bool) or (
+        coupling not in ("batch", "sample") and not (isinstance(coupling, int) and coupling >= 1)
+    ):
+        raise ValueError(f"DDPNOpt: coupling={coupling!r} must be 'batch', 'sample' or a positive group size")
+    for name, flag in (("feedback", feedback), ("decoupled", decoupled)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"DDPNOpt: {name}={flag!r} must be True or False")
+    if not 0.0 <= number("tikhonov", tikhonov) < math.inf:
+        raise ValueError(f"DDPNOpt: tikhonov={tikhonov!r} must be finite and not negative")
+    for name, value in (("curvature", curvature), ("loss_floor", loss_floor)):
+        if value is not None and not math.isfinite(number(name, value)):
+            rule = "positive and finite (an upper bound of the loss's Hessian in x_T)"
+            raise ValueError(f"DDPNOpt: {name}={value!r} must be {rule if name == 'curvature' else 'finite'}")
+    if not 0.0 <= number("beta1", beta1) < 1.0:
+        raise ValueError(f"DDPNOpt: beta1={beta1!r} must be in [0, 1)")
+
+
+def initial_groups(net: CompiledModule, params: Iterable[Any] | None) -> list[Any]:
+    """The groups that torch's optimizer is made with: all trainable parameters, or the user's.
+
+    Raises:
+        TypeError: not an iterable of parameters or of group dicts.
+        ValueError: nothing to train.
+    """
+    if params is None:
+        found = [p for p in net.parameters() if p.requires_grad]
+        if not found:
+            raise ValueError(
+                "DDPNOpt: the model has no parameter with requires_grad=True, so there is nothing to train"
+            )
+        return found
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            "DDPNOpt: params must be an iterable of parameters or of group dicts, "
+            f"not {'a tensor' if isinstance(params, Tensor) else repr(params)}"
+        )
+    groups = list(params)
+    if not groups:
+        raise ValueError("DDPNOpt: params is empty; leave it out to train every trainable parameter")
+    for group in groups:
+        if not isinstance(group, (Mapping, Tensor, tuple)):
+            raise TypeError(
+                "DDPNOpt: params must be an iterable of parameters or of group dicts, "
+                f"not of {type(group).__name__} ({group!r})"
+            )
+    return groups
+
+
+def check_group(group: Mapping[str, Any], beta1: float) -> None:
+    """Check the numbers of a parameter group."""
+    for key in GROUP_KEYS:
+        value = number(key, group[key])
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"DDPNOpt: {key}={group[key]!r} must be finite and not negative")
+    if beta1 and float(group["momentum"]):
+        raise ValueError(
+            "DDPNOpt: momentum and beta1 both average the direction; set one of them "
+            "(a scheduler that sets momentum takes cycle_momentum=False)"
+        )
+
+
+def check_loop(gain: Any, trust: Any) -> None:
+    """Check what can be changed between steps."""
+    if not math.isfinite(number("gain", gain)):
+        raise ValueError(f"DDPNOpt: gain={gain!r} must be finite")
+    if trust is not None and not 0.0 < number("trust", trust) < math.inf:
+        raise ValueError(f"DDPNOpt: trust={trust!r} must be positive, or None for no clip")
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...], note: str = "") -> None:
+    """Check that a choice is one of its values."""
+    if value not in allowed:
+        hint = f" ({note})" if note else ""
+        raise ValueError(f"DDPNOpt: {name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def number(name: str, value: Any) -> float:
+    """A number, or a tensor of one, as a float."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"DDPNOpt: {name}={value!r} must be a number") from None

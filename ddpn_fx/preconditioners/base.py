@@ -1,0 +1,49 @@
+"""What preconditioners share: where moments come from, the check of options, the elementwise metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ddpn_fx.passes.metric import Site
+
+MOMENTS = ("gradient", "value")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all have: ``moments``, and no work beside the step."""
+
+    @property
+    def moments(self) -> str:
+        """Where Q_u and V come from, one of ``MOMENTS``."""
+        raise NotImplementedError
+
+    def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
+        """Nothing is done outside the compiled step."""
+
+    def check(self, **rules: tuple[Any, str]) -> None:
+        """Raise a ValueError for an option that breaks its rule: ``name=(holds, rule)``."""
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} must be {rule}")
+        if self.moments not in MOMENTS:
+            raise ValueError(f"{type(self).__name__}: moments={self.moments!r} must be one of {MOMENTS}")
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """M = diag(scale), of the parameter's shape."""
+
+    scale: Tensor
+    sides: None = None
+
+    def solve(self, direction: Tensor) -> Tensor:
+        """M^-1 times a direction."""
+        return direction.to(self.scale.dtype) / self.scale
+
+    def whiten(self, columns: Tensor) -> Tensor:
+        """Columns over the root of M."""
+        return columns.to(self.scale.dtype) * self.scale.rsqrt()

@@ -1,0 +1,129 @@
+"""Metrics from the squares of Q_u, element by element or by rows and columns: RMSprop's, Adam's, Adafactor's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ddpn_fx.passes.metric import Map, Metric, Moment, Site
+from ddpn_fx.preconditioners.base import Base, Elementwise
+
+
+@dataclass(frozen=True)
+class Diagonal(Base):
+    """M = diag(sqrt(v) + eps), v the moving average of d^2: RMSprop; with bias correction and beta1, Adam's.
+
+    Args:
+        decay: of the moving average.
+        eps: added to sqrt(v).
+        relative_eps: the same as a part of the mean of sqrt(v) over the parameter.
+        bias_correction: divide v by ``1 - decay^step``, as Adam.
+        moments: ``"gradient"``: d from V_x at x_T, which keeps the folded solve; ``"value"``: from V_x of the recursion
+            (the paper).
+    """
+
+    decay: float = 0.99
+    eps: float = 1e-8
+    relative_eps: float = 0.0
+    bias_correction: bool = False
+    moments: str = "gradient"
+
+    def __post_init__(self) -> None:
+        self.check(
+            decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
+            eps=(0.0 <= self.eps < math.inf, "finite and not negative"),
+            relative_eps=(0.0 <= self.relative_eps < math.inf, "finite and not negative"),
+        )
+
+    def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
+        """``square_avg``, as torch's."""
+        return {"square_avg": like.new_zeros(site.shape)}
+
+    def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
+        """The batch's own d^2 is in v before v is used: a lagged one diverges."""
+        d = moment.direction.to(moment.dtype)
+        v = state["square_avg"] * self.decay + (1 - self.decay) * d * d
+        root = (v / (1 - self.decay**moment.step) if self.bias_correction else v).sqrt()
+        scale = root + self.eps
+        if self.relative_eps:
+            scale = scale + self.relative_eps * root.mean()
+        return Elementwise(scale), {"square_avg": v}
+
+
+@dataclass(frozen=True)
+class Factored(Base):
+    """M = sqrt(r c^T / mean(r)), r and c the row and column means of the moving average of d^2 (as Adafactor's).
+
+    K_t of a linear layer then is a product of two small Grams. A parameter of one dimension has its own v.
+
+    Args:
+        decay: of the moving averages.
+        eps: its square is added to the moments, so that M is at least about eps.
+        relative_eps: its square times the mean of the moments is added to them.
+        bias_correction: divide the moments by ``1 - decay^step``.
+        moments: as :class:`Diagonal`'s.
+    """
+
+    decay: float = 0.99
+    eps: float = 1e-8
+    relative_eps: float = 0.01
+    bias_correction: bool = True
+    moments: str = "gradient"
+
+    def __post_init__(self) -> None:
+        self.check(
+            decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
+            eps=(0.0 <= self.eps < math.inf, "finite and not negative"),
+            relative_eps=(0.0 <= self.relative_eps < math.inf, "finite and not negative"),
+        )
+
+    def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
+        """``row`` (O,) and ``column`` (I,); ``square_avg`` for one dimension."""
+        if len(site.shape) < 2:
+            return {"square_avg": like.new_zeros(site.shape)}
+        return {"row": like.new_zeros(site.shape[0]), "column": like.new_zeros(math.prod(site.shape[1:]))}
+
+    def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
+        """Moments of the batch at hand included."""
+        d = moment.direction.to(moment.dtype)
+        square = d * d
+        correction = 1 - self.decay**moment.step if self.bias_correction else 1.0
+
+        def average(slot: str, fresh: Tensor) -> Tensor:
+            new[slot] = state[slot] * self.decay + (1 - self.decay) * fresh
+            return new[slot] / correction
+
+        new: dict[str, Tensor] = {}
+        if d.dim() < 2:
+            v = average("square_avg", square)
+            return Elementwise((v + self._floor(v)).sqrt()), new
+        square = square.flatten(1)
+        row, column = average("row", square.mean(1)), average("column", square.mean(0))
+        floor = self._floor(row)
+        mean = row.mean() + floor
+        return _Outer(((row + floor) / mean).sqrt(), (column + floor).sqrt()), new
+
+    def _floor(self, v: Tensor) -> Tensor:
+        return self.relative_eps**2 * v.mean() + self.eps**2
+
+
+@dataclass(frozen=True)
+class _Outer:
+    """M = diag(rows) (x) diag(columns)."""
+
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def sides(self) -> tuple[Map, Map]:
+        return lambda h: h * self.rows.rsqrt(), lambda x: x * self.columns.rsqrt()
+
+    def solve(self, direction: Tensor) -> Tensor:
+        flat = direction.to(self.rows.dtype).flatten(1)
+        return (flat / (self.rows[:, None] * self.columns)).reshape(direction.shape)
+
+    def whiten(self, columns: Tensor) -> Tensor:
+        return columns.to(self.rows.dtype).flatten(3) * (self.rows[:, None] * self.columns).rsqrt()

@@ -1,0 +1,146 @@
+"""Metric: the matrix M_t of a control (Table 2), as what the recursion needs of it.
+
+``K_t = Gamma_t^T M_t^-1 Gamma_t`` and ``du = -eta M_t^-1 d``: so a metric has two faces, ``whiten`` (a
+linear map W with ``W^T W = M^-1``, applied to Gamma's columns) and ``solve``. A metric that is a
+product of a map on rows and one on columns also says these (``sides``): then K of an outer product
+needs no per-sample gradient. Which M, a preconditioner decides (``ddpn_fx.preconditioners``), from
+what :class:`Moment` offers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ddpn_fx.passes.gamma import Gamma
+from ddpn_fx.passes.ir import Chain
+from ddpn_fx.passes.rules import rule_by_name
+
+Map = Callable[[Tensor], Tensor]
+
+
+class Metric(Protocol):
+    """M of one parameter of shape M (the tuple)."""
+
+    def solve(self, direction: Tensor) -> Tensor:
+        """M^-1 times a direction: (*M) -> (*M)."""
+        ...
+
+    def whiten(self, columns: Tensor) -> Tensor:
+        """W times columns, ``W^T W = M^-1``: (B, R, *M) -> (B, R, any shape of as many elements)."""
+        ...
+
+    @property
+    def sides(self) -> tuple[Map, Map] | None:
+        """W as maps of (..., rows) and (..., columns) vectors, where it is a product of two, else None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """One parameter as a preconditioner sees it.
+
+    Attributes:
+        name: the parameter.
+        shape: its shape.
+        groups: S, where it is used once, as S products of ``rows`` outputs and ``columns`` inputs; 0 where not.
+        rows: elements of one group's first side.
+        columns: elements of one group's second side.
+        one_hot: the first side is an index (an embedding's): its second moment is diagonal.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    groups: int = 0
+    rows: int = 0
+    columns: int = 0
+    one_hot: bool = False
+
+
+def sites(chain: Chain, params: Mapping[str, Tensor]) -> dict[str, Site]:
+    """The site of every control of a chain."""
+    uses: dict[str, list[tuple[Any, int]]] = {}
+    for stage in chain.stages:
+        for use in stage.uses:
+            for position, names in enumerate(use.parameters):
+                for name in names:
+                    uses.setdefault(name, []).append((use, position))
+    found = {}
+    for name in chain.parameter_names:
+        shape = tuple(params[name].shape)
+        site = Site(name, shape)
+        if len(uses[name]) == 1 and len(shape) > 1:
+            use, position = uses[name][0]
+            argument = use.arguments[position]
+            if argument.op == "placeholder":
+                groups = rule_by_name(use.rule).product_groups(use.node, argument)
+                if groups:
+                    rows = shape[0] // groups
+                    columns = int(torch.Size(shape[1:]).numel())
+                    site = Site(name, shape, groups, rows, columns, use.rule == "embedding")
+        found[name] = site
+    return found
+
+
+@dataclass
+class Moment:
+    """What a preconditioner makes a metric from, in one step, for one parameter.
+
+    Attributes:
+        site: the parameter.
+        gamma: its Gamma.
+        direction: Q_u (with l_u), of the parameter's shape.
+        coefficient: (B, R): V_x of sample i is ``sum_c coefficient[i, c] Z[i, c]``, of the sample's own loss.
+        step: 0-d, how many steps there were with this one.
+        dtype: what moments are kept in: float32, or float64 for a float64 model.
+    """
+
+    site: Site
+    gamma: Gamma
+    direction: Tensor
+    coefficient: Tensor
+    step: Tensor
+    dtype: torch.dtype
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """(B, *M): Q_u of each sample's own loss."""
+        columns = self.gamma.columns().to(self.dtype)
+        return torch.einsum("br,br...->b...", self.coefficient.to(self.dtype), columns)
+
+    def second_moments(self, diagonal: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        """E[V_h V_h^T] and E[x x^T] of the two sides of a product: (S, rows, rows), (S, columns, columns).
+
+        Args:
+            diagonal: for each side, whether its diagonal alone is wanted: (S, rows), (S, columns).
+        """
+        return self.gamma.product_moments(self.coefficient.to(self.dtype), diagonal)
+
+
+class Preconditioner(Protocol):
+    """What makes M (``ddpn_fx.preconditioners``); hashable, since another one is another program.
+
+    ``moments``: ``"gradient"``: from Gamma b_T; ``"value"``: from V of the recursion, Gamma b_{t+1} (the paper).
+    """
+
+    @property
+    def moments(self) -> str:
+        """Where Q_u and V come from."""
+        ...
+
+    def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
+        """Initial tensors that are kept for a parameter from step to step, by slot, on the device of ``like``."""
+        ...
+
+    def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
+        """The metric of this step, with the batch at hand in it, and the new state."""
+        ...
+
+    def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
+        """Work on the state that is not done in every step, in place, after step number ``step``."""
+        ...

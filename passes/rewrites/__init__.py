@@ -1,0 +1,1 @@
+"""Rewrites of the normal form, each a function ``(graph, node) -> the replacement, or None``."""

@@ -1,0 +1,415 @@
+"""What capture keeps: custom gradients, draws inside operators, lookups, lengths; and which inputs are the batch.
+
+Each model is trained one step with feedback off, which must be torch's own SGD step on the eager model.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ddpn_fx
+from ddpn_fx.passes.custom_function import CustomFunction
+from ddpn_fx.passes.errors import CaptureError
+from ddpn_fx.passes.ir import Kind
+from ddpn_fx.passes.pipeline import build_chain
+
+
+class Model(nn.Module):
+    """A forward pass given as a function of the module and its inputs."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+def assert_sgd(model, inputs, target, loss=F.cross_entropy, seed=3, **options):
+    """The open-loop step equals torch's on the eager module, in parameters, buffers and random state."""
+    model = model.double()
+    eager = copy.deepcopy(model)
+    opt = torch.optim.SGD(eager.parameters(), lr=0.5)
+    torch.manual_seed(seed)
+    loss(eager(*inputs), target).backward()
+    opt.step()
+    net = ddpn_fx.compile(model, loss=loss, disable=True)
+    torch.manual_seed(seed)
+    ddpn_fx.DDPNOpt(net, lr=0.5, feedback=False, **options).train_step(inputs, target)
+    moved = 0
+    for (name, a), b in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        moved += int(b.grad is not None and bool(b.grad.any()))
+    assert moved
+    for (name, a), b in zip(model.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, n=name: f"{n}: {m}")
+    return net
+
+
+def closed_loop(net, inputs, target):
+    """A step of the default form, which needs every rule; its loss must be finite."""
+    assert torch.isfinite(ddpn_fx.DDPNOpt(net, lr=0.5).train_step(inputs, target))
+
+
+def data(*shape, batch=6, classes=3):
+    return torch.randn(batch, *shape, dtype=torch.float64), torch.randint(classes, (batch,))
+
+
+# --- custom functions -----------------------------------------------------------------------------------------------
+
+
+class Scaled(torch.autograd.Function):
+    """Its gradient is scaled by an argument, and changed by a function."""
+
+    @staticmethod
+    def forward(ctx, x, scale, change):
+        ctx.scale, ctx.change = scale, change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.change(ctx.scale * g), None, None
+
+
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+class OfThePair(torch.autograd.Function):
+    """A tuple of one output."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, None, y)
+        return (x * y.sign(),)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, nothing, y = ctx.saved_tensors
+        assert nothing is None
+        return g * y.sign(), g * x if ctx.needs_input_grad[1] else None
+
+
+def two_layers(function, width=4):
+    return Model(lambda m, x: m.b(function(m.a(x))), a=nn.Linear(3, width), b=nn.Linear(width, 3))
+
+
+def test_a_custom_gradient_is_kept_with_its_arguments():
+    x, y = data(3)
+    net = assert_sgd(two_layers(lambda h: Scaled.apply(h, 0.25, torch.sign)), (x,), y)
+    closed_loop(net, x, y)
+
+
+def test_a_custom_function_may_return_a_tuple_of_one():
+    x, y = data(3)
+    net = assert_sgd(two_layers(lambda h: OfThePair.apply(h, h.flip(-1))[0]), (x,), y)
+    closed_loop(net, x, y)
+
+
+def test_a_custom_function_is_one_operator_that_the_export_can_name(tmp_path):
+    class_of = [n.target for n in capture_of(two_layers(lambda h: OfThePair.apply(h, h)[0]))]
+    (target,) = [t for t in class_of if isinstance(t, CustomFunction)]
+    assert target.function is OfThePair
+    assert repr(target) == "OfThePair.apply"
+    x, y = data(3)
+    net = ddpn_fx.compile(
+        two_layers(lambda h: OfThePair.apply(h, h)[0]).double(), loss=F.cross_entropy, backend="eager"
+    )
+    ddpn_fx.DDPNOpt(net).train_step(x, y)
+    ddpn_fx.export(net, tmp_path)
+    assert "tests.test_capture.OfThePair.apply(" in (tmp_path / "captured.py").read_text()
+
+
+def capture_of(model):
+    x, y = data(3)
+    return build_chain(model.double(), F.cross_entropy, (x,), {}, (y,)).graph.nodes
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_classes_are_given_back(fails):
+    before = {c: c.__dict__["forward"] for c in (Scaled, OfThePair, InPlace)}
+    if fails:
+        with pytest.raises(CaptureError):
+            capture_of(two_layers(lambda h: h if h.sum() > 0 else -h))
+    else:
+        capture_of(two_layers(lambda h: OfThePair.apply(h, h)[0]))
+    assert before == {c: c.__dict__["forward"] for c in before}
+    assert len is __builtins__["len"]
+
+
+def test_a_custom_function_that_writes_into_its_input_is_refused():
+    with pytest.raises(CaptureError, match=r"custom function InPlace writes into its input \(mark_dirty\)"):
+        capture_of(two_layers(lambda h: InPlace.apply(h + 0)))
+
+
+# --- draws inside operators -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_dropout_between_recurrent_layers(layer, batch_first, bidirectional):
+    x, y = data(4, 3)
+    rnn = layer(3, 4, num_layers=3, dropout=0.4, batch_first=batch_first, bidirectional=bidirectional)
+
+    def forward(m, x):
+        out, hidden = m.rnn(x if batch_first else x.transpose(0, 1))
+        last = hidden[0] if isinstance(hidden, tuple) else hidden
+        return m.head(torch.cat([out.select(1 if batch_first else 0, -1), *last.unbind(0)], -1))
+
+    width = 4 * (2 if bidirectional else 1)
+    model = Model(forward, rnn=rnn, head=nn.Linear(width + 12 * (2 if bidirectional else 1), 3)).double()
+    net = ddpn_fx.compile(model, loss=F.cross_entropy, disable=True)
+    net.capture(x, y, with_target=True)  # the self-check compares with eager, which draws the same masks
+    drawn = [n for n, k in net.chain.kinds.items() if k is Kind.NOISE and n.target is torch.ops.aten.rand_like.default]
+    assert len(drawn) == 2
+    closed_loop(net, x, y)
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_dropout_inside_attention(mask, groups):
+    """With every weight kept (a draw of 1) the written form is the operator without dropout, over 1 - p."""
+    x, y = data(5, 4)
+    given = {
+        None: {},
+        "bool": {"attn_mask": torch.ones(5, 5).tril().bool()},
+        "float": {"attn_mask": torch.randn(5, 5, dtype=torch.float64)},
+        "causal": {"is_causal": True},
+    }[mask]
+
+    def forward(m, x, p=0.3):
+        q = m.q(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        k, v = (f(x).unflatten(-1, (2 // groups, 4)).transpose(1, 2) for f in (m.k, m.v))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=p, enable_gqa=groups > 1, **given)
+        return (
+            out.transpose(1, 2).flatten(2).mean(1)[:, :3] if p else out.transpose(1, 2).flatten(2).mean(1)[:, :3] / 0.7
+        )
+
+    model = Model(forward, q=nn.Linear(4, 8), k=nn.Linear(4, 8 // groups), v=nn.Linear(4, 8 // groups)).double()
+    chain = build_chain(model, F.cross_entropy, (x,), {}, (y,))
+    assert Kind.NOISE in chain.kinds.values()
+    env = {}
+    names = dict(model.named_parameters())
+    values = {k: names[v] for k, v in chain.captured.params.items()} | chain.captured.constants
+    values |= dict(zip(chain.captured.inputs, (x, y), strict=True))
+    for node in chain.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = values[node.name]
+        elif node.op == "call_function":
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            drawn = chain.kinds[node] is Kind.NOISE and node.target is torch.ops.aten.rand_like.default
+            env[node] = torch.ones_like(args[0]) if drawn else node.target(*args, **kwargs)
+    torch.testing.assert_close(env[chain.terminal[0]], forward(model, x, p=0.0), rtol=1e-9, atol=1e-12)
+
+
+def test_attention_with_dropout_trains_closed_loop():
+    x, y = data(5, 4)
+    model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
+    net = ddpn_fx.compile(
+        Model(lambda m, x: m.head(m.layer(x).mean(1)), layer=model, head=nn.Linear(4, 3)).double(),
+        loss=F.cross_entropy,
+        backend="eager",
+    )
+    opt = ddpn_fx.DDPNOpt(net)
+    state = copy.deepcopy(net.state_dict())
+    steps = []
+    for seed in (1, 1, 2):
+        net.load_state_dict(state)
+        torch.manual_seed(seed)
+        opt.train_step(x, y)
+        steps.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(steps[0], steps[1])
+    assert not torch.equal(steps[0], steps[2])
+
+
+# --- lookups --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding", [None, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bags_of_embeddings(mode, padding, weighted):
+    if weighted and mode != "sum":
+        pytest.skip("torch takes per-sample weights with mode='sum' alone")
+    bag = nn.EmbeddingBag(7, 4, mode=mode, padding_idx=padding)
+    index, y = torch.randint(7, (6, 5)), torch.randint(3, (6,))
+    index[0] = 2  # a bag of padding alone
+    share = (torch.rand(6, 5, dtype=torch.float64),) if weighted else ()
+    model = Model(
+        lambda m, i, *w: m.head(m.bag(i, per_sample_weights=w[0] if w else None)), bag=bag, head=nn.Linear(4, 3)
+    )
+    net = assert_sgd(model, (index, *share), y)
+    assert any(u.rule == "embedding" for s in net.chain.stages for u in s.uses)
+    closed_loop(net, (index, *share), y)
+
+
+def test_an_assignment_by_a_mask_inside_the_model():
+    def forward(m, x):
+        h = m.a(x)
+        h[x[:, :1].expand(-1, 4) > 0] = 0.5
+        g = torch.relu(h) * 2.0
+        g[x[:, 0] > 1] = 0  # whole rows
+        return m.b(g)
+
+    x, y = data(3)
+    net = assert_sgd(Model(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 3)), (x,), y)
+    closed_loop(net, x, y)
+
+
+def per_tensor(w):
+    return torch.fake_quantize_per_tensor_affine(w, 0.1, 0, -4, 4)
+
+
+def tensor_qparams(w):
+    return torch.fake_quantize_per_tensor_affine(w, torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), -4, 4)
+
+
+def per_channel(w):
+    scale, zero = torch.full((w.shape[0],), 0.1), torch.zeros(w.shape[0], dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(w, scale, zero, 0, -4, 4)
+
+
+@pytest.mark.parametrize("quantize", [per_tensor, tensor_qparams, per_channel], ids=lambda f: f.__name__)
+def test_fake_quantization(quantize):
+    x, y = data(3)
+    model = Model(
+        lambda m, x: m.b(per_tensor(F.linear(x, quantize(m.a.weight), m.a.bias))), a=nn.Linear(3, 4), b=nn.Linear(4, 3)
+    )
+    closed_loop(assert_sgd(model, (x,), y), x, y)
+
+
+# --- which inputs are the batch -------------------------------------------------------------------------------------
+
+
+def positions(m, x, p):
+    return m.b(torch.tanh(m.a(x) + m.c(p)).mean(1))
+
+
+def test_an_input_as_long_as_the_batch_need_not_be_a_batch():
+    """Six positions in a batch of six: the model does not run at another batch size with another number of them."""
+    model = Model(positions, a=nn.Linear(3, 4), c=nn.Linear(2, 4), b=nn.Linear(4, 3))
+    x, y = data(6, 3)
+    p = torch.randn(6, 2, dtype=torch.float64)
+    net = assert_sgd(model, (x, p), y)
+    assert net.chain.captured.batched == [True, False, True]
+    closed_loop(net, (x, p), y)
+    fewer = x[:4], p
+    assert torch.isfinite(ddpn_fx.DDPNOpt(net).train_step(fewer, y[:4]))
+    assert len(net._chains) == 1
+
+
+def test_an_edge_list_in_a_batch_of_two():
+    def forward(m, x, edges):
+        source, into = edges
+        h = m.a(x)
+        h = h + torch.zeros_like(h).index_add(1, into, h[:, source])
+        return m.b(torch.tanh(h).mean(1))
+
+    x, y = data(4, 3, batch=2)
+    edges = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]])
+    net = assert_sgd(Model(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 3)), (x, edges), y)
+    assert net.chain.captured.batched == [True, False, True]
+
+
+def test_a_model_that_fails_at_every_other_size_is_refused_for_itself():
+    x, y = data(3)
+    model = Model(lambda m, x, s: m.a(x.reshape(6, 3) + s), a=nn.Linear(3, 3)).double()
+    with pytest.raises(CaptureError, match="does not take every batch size"):
+        build_chain(model, F.cross_entropy, (x, torch.randn(6, 3, dtype=torch.float64)), {}, (y,))
+
+
+# --- what a model may be --------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.norm(self.a(x))))
+
+
+class Scriptable(nn.Module):
+    def __init__(self, view: bool = False):
+        super().__init__()
+        self.a, self.b, self.view = nn.Linear(3, 4), nn.Linear(4, 3), view
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        for _ in range(2):
+            h = h + torch.tanh(h)
+        if self.view:
+            h = h.view(x.size(0), 4)
+        return self.b(h)
+
+
+def exported(model, x, dynamic):
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+    return torch.export.export(model, (x,), dynamic_shapes=shapes)
+
+
+SOURCES = {
+    "graph module": (Plain, lambda m, x: torch.fx.symbolic_trace(m)),
+    "exported, dynamic": (Plain, lambda m, x: exported(m, x, True)),
+    "exported for one batch size": (Plain, lambda m, x: exported(m, x, False)),
+    "unlifted module": (Plain, lambda m, x: exported(m, x, True).module()),
+    "traced": (Plain, lambda m, x: torch.jit.trace(m, (x,), check_trace=False)),
+    "scripted": (Scriptable, lambda m, x: torch.jit.script(m)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("source", SOURCES)
+def test_other_forms_of_a_module_train_as_it_does(source):
+    kind, convert = SOURCES[source]
+    model, (x, y) = kind().double(), data(3, batch=8)
+    eager = copy.deepcopy(model)
+    names, state = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    form = convert(model, x)
+    model.load_state_dict(state)  # tracing runs the model
+    net = ddpn_fx.compile(form, loss=F.cross_entropy, disable=True)
+    assert list(net.state_dict()) == names
+    twin = ddpn_fx.compile(eager, loss=F.cross_entropy, disable=True)
+    opts = ddpn_fx.DDPNOpt(net), ddpn_fx.DDPNOpt(twin)
+    for size in (8, 5):
+        losses = [opt.train_step(x[:size], y[:size]) for opt in opts]
+        torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-12)
+    for (name, a), b in zip(net.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    assert len(net._chains) == 1
+    if source != "traced":
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), net.parameters(), strict=True)), "not in place"
+
+
+def test_an_exported_program_with_its_batch_size_inside_is_refused():
+    x, _ = data(2, 3, batch=8)
+    model = Model(lambda m, x: m.a(x.view(x.shape[0] * 2, 3)).view(x.shape[0], 6), a=nn.Linear(3, 3)).double()
+    with pytest.raises(ValueError, match=r"exported for batches of 8 alone, and aten\.view\.default may hold.*DYNAMIC"):
+        ddpn_fx.compile(exported(model, x, False))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_a_script_module_that_fixes_the_batch_size_is_refused():
+    x, y = data(3)
+    net = ddpn_fx.compile(torch.jit.script(Scriptable(view=True).double()), loss=F.cross_entropy)
+    with pytest.raises(CaptureError, match="It is a TorchScript module.*pass the Python module"):
+        net.capture(x, y, with_target=True)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"an nn\.Module or a torch\.export\.ExportedProgram, not function"):
+        ddpn_fx.compile(lambda x: x)

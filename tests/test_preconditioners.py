@@ -1,0 +1,527 @@
+"""Preconditioners: the recursion in a dense metric, torch's own optimisers, KFAC and EKFAC built by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ddpn_fx
+from ddpn_fx.preconditioners import Diagonal, EigenKronecker, Factored, Kronecker
+from tests import oracle
+from tests.harness import close, close_to_scale
+from tests.models import case
+
+MOMENTS = ("gradient", "value")
+
+
+def eye(n):
+    return torch.eye(n, dtype=torch.float64)
+
+
+# --- dense metrics, written anew from the definitions ---------------------------------------------------------------
+
+
+class Dense:
+    """A dense metric for `oracle.step`: called once a step and parameter, it keeps its moving averages.
+
+    weight_decay: what is added to Q_u (not decoupled). batch: B.
+    """
+
+    def __init__(self, preconditioner, weight_decay=0.0, batch=4):
+        self.p, self.weight_decay, self.batch = preconditioner, weight_decay, batch
+        self.kept, self.step = {}, 0
+
+    def average(self, key, fresh):
+        old = self.kept.get(key, torch.zeros_like(fresh))
+        self.kept[key] = self.p.decay * old + (1 - self.p.decay) * fresh
+        corrected = getattr(self.p, "bias_correction", True)
+        return self.kept[key] / (1 - self.p.decay**self.step) if corrected else self.kept[key]
+
+    def samples(self, u, G, c):
+        """(B, *M): Q_u of each sample's own loss."""
+        own = self.batch * (c[:, None] * G)
+        return own.reshape(self.batch, -1, u.numel()).sum(1).reshape(self.batch, *u.shape)
+
+
+class DenseDiagonal(Dense):
+    def __call__(self, name, u, G, c):
+        d = (c @ G).reshape(u.shape) + self.weight_decay * u
+        root = self.average(name, d**2).sqrt()
+        return (root + self.p.eps + self.p.relative_eps * root.mean()).flatten().diag()
+
+
+class DenseFactored(Dense):
+    def __call__(self, name, u, G, c):
+        d = (c @ G).reshape(u.shape) + self.weight_decay * u
+        if u.dim() < 2:
+            v = self.average(name, d**2)
+            return (v + self.p.relative_eps**2 * v.mean() + self.p.eps**2).sqrt().diag()
+        square = d.reshape(u.shape[0], -1) ** 2
+        row, column = self.average(name + "r", square.mean(1)), self.average(name + "c", square.mean(0))
+        floor = self.p.relative_eps**2 * row.mean() + self.p.eps**2
+        v = torch.outer(row + floor, column + floor) / (row.mean() + floor)
+        return v.sqrt().flatten().diag()
+
+
+class DenseKronecker(Dense):
+    """x and V_h of a linear layer from the samples' gradients themselves, which are of rank one."""
+
+    def factors(self, name, u, G, c):
+        samples = self.samples(u, G, c)
+        left, size, right = zip(*(torch.linalg.svd(s) for s in samples), strict=True)
+        assert all(s[1:].max() < 1e-9 * s[0] for s in size if len(s) > 1), "more than one position"
+        x = torch.stack([v[0] for v in right])
+        h = torch.stack([s[0] * w[:, 0] for s, w in zip(size, left, strict=True)])
+        scale = self.inputs[name].norm(dim=1, keepdim=True)  # an outer product leaves the scale open
+        x, h = x * scale, h / scale
+        return self.average(name + "G", h.T @ h / self.batch), self.average(name + "A", x.T @ x / self.batch)
+
+    def flat(self, name, u, G, c):
+        d = self.samples(u, G, c).reshape(self.batch, -1)
+        return self.average(name + "F", d.T @ d / self.batch)
+
+    def __call__(self, name, u, G, c):
+        if u.dim() == 1:
+            return self.flat(name, u, G, c) + self.p.damping * eye(u.numel())
+        g, a = self.factors(name, u, G, c)
+        pi = ((a.trace() / len(a)) / (g.trace() / len(g))).sqrt()
+        root = math.sqrt(self.p.damping)
+        return torch.kron(g + root / pi * eye(len(g)), a + root * pi * eye(len(a)))
+
+
+class DenseEigenKronecker(DenseKronecker):
+    """Bases change after the first step and every `refresh_every` steps, and carry the second moments over."""
+
+    bases: dict
+
+    def __call__(self, name, u, G, c):
+        samples = self.samples(u, G, c).reshape(self.batch, -1)
+        if u.dim() == 1:
+            factors = (self.flat(name, u, G, c),)
+        else:
+            factors = self.factors(name, u, G, c)
+        U = self.bases.setdefault(name, eye(u.numel()))
+        s = self.average(name + "s", ((samples @ U) ** 2).mean(0))
+        if self.step == 1 or self.step % self.p.refresh_every == 0:
+            fresh = torch.linalg.eigh(factors[0])[1]
+            if len(factors) == 2:
+                fresh = torch.kron(fresh, torch.linalg.eigh(factors[1])[1])
+            self.kept[name + "s"] = (fresh.T @ U) ** 2 @ self.kept[name + "s"]
+            self.bases[name] = fresh
+        return U @ (s + self.p.damping).diag() @ U.T
+
+
+DENSE = {
+    Diagonal: DenseDiagonal,
+    Factored: DenseFactored,
+    Kronecker: DenseKronecker,
+    EigenKronecker: DenseEigenKronecker,
+}
+
+
+def inputs_of(module, inputs):
+    """Each weight's name -> the layer's input."""
+    found = {}
+    hooks = [
+        m.register_forward_hook(lambda _, x, __, n=n: found.update({f"{n}.weight": x[0].detach()}))
+        for n, m in module.named_modules()
+        if isinstance(m, nn.Linear)
+    ]
+    module(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def compare(name, preconditioner, settings, steps=3, tolerance=1e-8, backend=None):
+    """The program against the oracle in the dense metric, over some steps."""
+    model_case = case(name)
+    module = model_case.model()
+    inputs, target = model_case.sample()
+    options = {"disable": True} if backend is None else {"backend": backend}
+    net = ddpn_fx.compile(copy.deepcopy(module), loss=model_case.loss.call, **options)
+    given = {k: v for k, v in vars(settings).items() if v != getattr(oracle.Settings(), k)}
+    opt = ddpn_fx.DDPNOpt(net, preconditioner=preconditioner, **given)
+    params = {n: p.detach().clone() for n, p in module.named_parameters()}
+    decay = 0.0 if settings.decoupled else settings.weight_decay
+    metric = DENSE[type(preconditioner)](preconditioner, decay)
+    metric.bases, buffers, stages = {}, None, model_case.stages()
+    for step in range(steps):
+        metric.step = step + 1
+        with torch.no_grad():
+            for n, p in module.named_parameters():
+                p.copy_(params[n])
+        metric.inputs = inputs_of(module, inputs)
+        want = oracle.step(
+            *(stages, params, inputs, target, model_case.loss, settings),
+            buffers=buffers,
+            steps_done=step,
+            metric=metric,
+            moments=preconditioner.moments,
+        )
+        close(opt.train_step(inputs, target), want.loss, tolerance, f"loss of step {step}")
+        assert not opt.stats["skipped"]
+        for n, p in net.named_parameters():
+            close_to_scale(p.detach(), want.params[n], want.du[n], tolerance, f"step {step}, {n}")
+        close(opt.stats["predicted_decrease"], want.predicted_decrease, 1e3 * tolerance, f"decrease of step {step}")
+        close(opt.stats["max_y"], want.max_y, 1e3 * tolerance, f"max |y| of step {step}")
+        params, buffers = want.params, want.buffers
+    return net, opt
+
+
+SETTINGS = {
+    "default": oracle.Settings(lr=0.05),
+    "nonlinear": oracle.Settings(lr=0.05, rollout="nonlinear"),
+    "paper": oracle.Settings(
+        lr=0.01, coupling="sample", quu="preconditioner", terminal="gradient", rollout="nonlinear"
+    ),
+    "groups, gain": oracle.Settings(lr=0.05, coupling=3, gain=0.7, terminal="residual"),
+    "exact, decay, momentum": oracle.Settings(lr=0.05, terminal="exact", weight_decay=0.02, momentum=0.8),
+    "decoupled, beta1": oracle.Settings(lr=0.05, weight_decay=0.02, decoupled=True, beta1=0.7),
+    "open loop": oracle.Settings(lr=0.05, feedback=False, weight_decay=0.02),
+}
+PRECONDITIONERS = {
+    "diagonal": lambda m: Diagonal(decay=0.9, eps=1e-3, moments=m),
+    "adam": lambda m: Diagonal(decay=0.9, eps=1e-4, relative_eps=0.05, bias_correction=True, moments=m),
+    "factored": lambda m: Factored(decay=0.9, eps=1e-3, moments=m),
+    "kronecker": lambda m: Kronecker(decay=0.9, damping=0.1, moments=m),
+    "eigen-kronecker": lambda m: EigenKronecker(decay=0.9, damping=0.1, refresh_every=2, moments=m),
+}
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("kind", PRECONDITIONERS)
+def test_every_mode_equals_the_oracle_in_the_dense_metric(kind, settings, moments):
+    compare("mlp-tanh", PRECONDITIONERS[kind](moments), SETTINGS[settings])
+
+
+@pytest.mark.parametrize("name", ["cnn", "cnn-groupnorm", "residual", "attention", "looped", "tied-embedding", "bare"])
+@pytest.mark.parametrize("kind", ["diagonal", "adam", "factored"])
+def test_elementwise_metrics_on_other_models(kind, name):
+    compare(name, PRECONDITIONERS[kind]("gradient"), SETTINGS["default"], steps=2)
+
+
+# --- torch's own ----------------------------------------------------------------------------------------------------
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 5))
+    ).double()
+
+
+def run_both(make, opt, steps=20, backend=None):
+    """Parameters after the same batches: torch's optimiser, and the open loop."""
+    eager, model = network(), network()
+    torch_opt = make(eager.parameters())
+    net = ddpn_fx.compile(
+        model, loss=F.cross_entropy, **({"disable": True} if backend is None else {"backend": backend})
+    )
+    ours = opt(net)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(6, 1, 8, 8, generator=generator, dtype=torch.float64)
+        y = torch.randint(5, (6,), generator=generator)
+        torch_opt.zero_grad()
+        F.cross_entropy(eager(x), y).backward()
+        torch_opt.step()
+        ours.train_step(x, y)
+    for (name, a), b in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    return ours, torch_opt
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"momentum": 0.9}, {"weight_decay": 0.01}, {"momentum": 0.5, "weight_decay": 0.1}]
+)
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_diagonal_open_loop_is_rmsprop(extra, backend):
+    ours, theirs = run_both(
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, alpha=0.99, eps=1e-8, **extra),
+        lambda net: ddpn_fx.DDPNOpt(net, lr=1e-3, preconditioner="diagonal", feedback=False, **extra),
+        backend=backend,
+    )
+    for a, b in zip(ours.state.values(), theirs.state.values(), strict=True):
+        torch.testing.assert_close(a["square_avg"], b["square_avg"])
+
+
+def test_diagonal_with_bias_correction_and_beta1_is_adam():
+    adam = Diagonal(decay=0.999, bias_correction=True)
+    run_both(
+        lambda p: torch.optim.Adam(p, lr=1e-2, betas=(0.9, 0.999)),
+        lambda net: ddpn_fx.DDPNOpt(net, lr=1e-2, preconditioner=adam, beta1=0.9, feedback=False),
+    )
+
+
+# --- KFAC and EKFAC of layers with positions, by hooks ----------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """A grouped and a depthwise convolution, an embedding and a linear layer over positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, groups=2, bias=False)
+        self.depth = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.word = nn.Embedding(7, 3)
+        self.mix = nn.Linear(3, 4, bias=False)
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x, t):
+        h = torch.tanh(self.depth(torch.tanh(self.conv(x)))).mean((2, 3))
+        return self.head(torch.cat([h, torch.tanh(self.mix(self.word(t))).mean(1)], 1))
+
+
+def layers():
+    torch.manual_seed(0)
+    model = Layers().double()
+    inputs = torch.randn(16, 4, 6, 6, dtype=torch.float64), torch.randint(7, (16, 5))
+    return model, inputs, torch.randint(5, (16,))
+
+
+def by_hooks(model, inputs, target):
+    """Each product layer's name -> (x (S, n, I), V_h (S, n, O) of each sample's own loss), by autograd alone."""
+    seen = {}
+    for name, m in model.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding)):
+
+            def hook(m, x, out, name=name):
+                out.retain_grad()
+                seen[name] = m, x[0].detach(), out
+
+            m.register_forward_hook(hook)
+    F.cross_entropy(model(*inputs), target).backward()
+    batch, found = len(target), {}
+    for name, (m, x, out) in seen.items():
+        h = out.grad * batch
+        if isinstance(m, nn.Conv2d):
+            x = F.unfold(x, m.kernel_size, m.dilation, m.padding, m.stride).unflatten(1, (m.groups, -1))
+            x, h = (t.permute(1, 0, 3, 2).flatten(1, 2) for t in (x, h.flatten(2).unflatten(1, (m.groups, -1))))
+        elif isinstance(m, nn.Embedding):
+            x, h = F.one_hot(x, m.num_embeddings).double().flatten(0, 1)[None], h.flatten(0, 1)[None]
+        else:
+            x, h = x.reshape(1, -1, x.shape[-1]), h.reshape(1, -1, h.shape[-1])
+        found[name] = (h, x) if not isinstance(m, nn.Embedding) else (x, h)
+    return found, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def test_kfac_of_grouped_convolutions_embeddings_and_positions():
+    """One open-loop step: -eta M^-1 grad J with M = (A + pi sqrt(l)) (x) (G + sqrt(l) / pi), group by group."""
+    model, inputs, target = layers()
+    sides, grads = by_hooks(copy.deepcopy(model), inputs, target)
+    damping, before = 0.05, {n: p.detach().clone() for n, p in model.named_parameters()}
+    net = ddpn_fx.compile(model, loss=F.cross_entropy, disable=True)
+    opt = ddpn_fx.DDPNOpt(net, lr=0.3, preconditioner=Kronecker(damping=damping), feedback=False)
+    opt.train_step(inputs, target)
+    for name, (rows, columns) in sides.items():
+        weight = name + ".weight"
+        solved = torch.zeros_like(grads[weight]).reshape(rows.shape[0], rows.shape[2], columns.shape[2])
+        for s in range(rows.shape[0]):
+            embedding = name == "word"  # there the rows are the inputs
+            g = rows[s].T @ rows[s] / (rows.shape[1] if embedding else len(target))
+            a = columns[s].T @ columns[s] / (len(target) if embedding else columns.shape[1])
+            pi = ((a.trace() / len(a)) / (g.trace() / len(g))).sqrt()
+            g = g + math.sqrt(damping) / pi * eye(len(g))
+            a = a + math.sqrt(damping) * pi * eye(len(a))
+            block = grads[weight].reshape(solved.shape)[s].flatten()
+            solved[s] = torch.linalg.solve(torch.kron(g, a), block).reshape(solved[s].shape)
+        want = before[weight] - 0.3 * solved.reshape(grads[weight].shape)
+        torch.testing.assert_close(dict(model.named_parameters())[weight], want, rtol=1e-9, atol=1e-11, msg=weight)
+
+
+def test_ekfac_of_grouped_convolutions_embeddings_and_positions():
+    """The second step, in the eigenbases of the first one's factors, s averaged over both, against dense matrices."""
+    model, inputs, target = layers()
+    p = EigenKronecker(decay=0.9, damping=0.05, refresh_every=50)
+    opt = ddpn_fx.DDPNOpt(
+        ddpn_fx.compile(model, loss=F.cross_entropy, disable=True), lr=0.3, preconditioner=p, feedback=False
+    )
+    moments: dict = {}
+    for step in (1, 2):
+        sides, grads = by_hooks(copy.deepcopy(model), inputs, target)
+        before = {n: q.detach().clone() for n, q in model.named_parameters()}
+        opt.train_step(inputs, target)
+        for name, (rows, columns) in sides.items():
+            weight, count = name + ".weight", len(target)
+            shape = rows.shape[0], rows.shape[2], columns.shape[2]
+            each = torch.einsum(
+                "sbpo,sbpi->bsoi", *(t.reshape(shape[0], count, -1, t.shape[-1]) for t in (rows, columns))
+            )
+            if step == 1:
+                bases = [eye(shape[1] * shape[2])] * shape[0]
+                s = 0.1 * (each**2).mean(0).flatten(1)
+                fresh = []
+                for k in range(shape[0]):
+                    g, a = (torch.linalg.eigh(t[k].T @ t[k])[1].contiguous() for t in (rows, columns))
+                    fresh.append(torch.kron(eye(shape[1]) if name == "word" else g, a))
+                moments[name] = torch.stack([(f.T**2) @ v for f, v in zip(fresh, s, strict=True)]), fresh
+                s = s / 0.1
+            else:
+                old, bases = moments[name]
+                turned = torch.stack([each[:, k].flatten(1) @ u for k, u in enumerate(bases)], 1)
+                s = (0.9 * old + 0.1 * (turned**2).mean(0)) / (1 - 0.9**2)
+            grad = grads[weight].reshape(shape[0], -1)
+            solved = torch.stack([u @ ((u.T @ d) / (v + 0.05)) for u, d, v in zip(bases, grad, s, strict=True)])
+            want = before[weight] - 0.3 * solved.reshape(grads[weight].shape)
+            torch.testing.assert_close(
+                dict(model.named_parameters())[weight], want, rtol=1e-7, atol=1e-9, msg=f"{weight}, step {step}"
+            )
+
+
+@pytest.mark.parametrize("kind", ["identity", "diagonal", "kronecker"])
+def test_the_papers_form_by_name(kind):
+    """`DDPNOpt.paper` is Alg. 3: the class's step with the literal settings, M from V."""
+    named = (
+        {}
+        if kind == "identity"
+        else {"preconditioner": (Diagonal if kind == "diagonal" else Kronecker)(moments="value")}
+    )
+    literal = {"terminal": "gradient", "coupling": "sample", "quu": "preconditioner", "rollout": "nonlinear"}
+    results = []
+    for make in (
+        lambda net: ddpn_fx.DDPNOpt.paper(net, lr=0.05, preconditioner=kind),
+        lambda net: ddpn_fx.DDPNOpt(net, lr=0.05, **literal, **named),
+    ):
+        model = case("mlp-tanh").model()
+        opt = make(ddpn_fx.compile(model, loss=F.cross_entropy, disable=True))
+        inputs, target = case("mlp-tanh").sample()
+        clamps = [(opt.train_step(inputs, target), int(opt.stats["clamps"]))[1] for _ in range(3)]
+        results.append(([p.detach().clone() for p in model.parameters()], clamps))
+    assert results[0][1] == results[1][1]
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("lr", "clamped"), [(1e-6, False), (10.0, True)])
+def test_the_papers_form_counts_its_clamps(lr, clamped):
+    model = case("mlp").model()
+    inputs, target = case("mlp").sample()
+    opt = ddpn_fx.DDPNOpt.paper(ddpn_fx.compile(model, loss=F.cross_entropy, disable=True), lr=lr)
+    opt.train_step(inputs, target)
+    assert (opt.stats["clamps"] > 0) == clamped
+
+
+# --- behaviour ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "factored", "kronecker", "eigen-kronecker"])
+def test_the_fused_program_equals_the_untraced_one(kind):
+    results = []
+    for backend in (None, "eager"):
+        model, inputs, target = layers()
+        options = {"disable": True} if backend is None else {"backend": backend}
+        opt = ddpn_fx.DDPNOpt(
+            ddpn_fx.compile(model, loss=F.cross_entropy, **options), lr=0.01, preconditioner=kind, beta1=0.5
+        )
+        for _ in range(3):
+            opt.train_step(inputs, target)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "factored", "kronecker", "eigen-kronecker"])
+def test_state_is_saved_and_loaded(kind):
+    """Two steps, a save, two more: as four without the save; moments of a bfloat16 model stay in float32."""
+
+    def make():
+        model, inputs, target = layers()
+        net = ddpn_fx.compile(model.bfloat16(), loss=F.cross_entropy, disable=True)
+        return ddpn_fx.DDPNOpt(net, lr=0.01, preconditioner=kind), (inputs[0].bfloat16(), inputs[1]), target
+
+    through, inputs, target = make()
+    for _ in range(2):
+        through.train_step(inputs, target)
+    saved, weights = copy.deepcopy(through.state_dict()), copy.deepcopy(through.net.state_dict())
+    for _ in range(2):
+        through.train_step(inputs, target)
+    loaded, *_ = make()
+    loaded.net.load_state_dict(weights)
+    loaded.load_state_dict(saved)
+    for _ in range(2):
+        loaded.train_step(inputs, target)
+    for a, b in zip(through.net.parameters(), loaded.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+    slots = {k: v for kept in loaded.state.values() for k, v in kept.items()}
+    assert slots
+    assert all(v.dtype == torch.float32 for v in slots.values())
+
+
+def test_singular_factors_are_damped_and_a_batch_of_zeros_changes_nothing_to_nan():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    for kind in ("diagonal", "factored", "kronecker", "eigen-kronecker"):
+        net = ddpn_fx.compile(copy.deepcopy(model), loss=F.cross_entropy, disable=True)
+        opt = ddpn_fx.DDPNOpt(net, lr=0.1, preconditioner=kind)
+        for x in (torch.zeros(5, 3), torch.ones(5, 3), torch.full((5, 3), torch.nan)):
+            opt.train_step(x, torch.zeros(5, dtype=torch.long))
+            assert bool(opt.stats["skipped"]) == bool(x.isnan().any())
+            state = [t for kept in opt.state.values() for t in kept.values()]
+            assert all(bool(t.isfinite().all()) for t in [*net.parameters(), *state]), kind
+
+
+class Halved:
+    """A preconditioner of the user's own: M = 2."""
+
+    moments = "gradient"
+
+    def state(self, site, like):
+        return {}
+
+    def metric(self, moment, state):
+        return Twice(), {}
+
+    def refresh(self, site, state, step):
+        pass
+
+
+class Twice:
+    sides = None
+
+    def solve(self, direction):
+        return direction / 2
+
+    def whiten(self, columns):
+        return columns * 2**-0.5
+
+
+def test_an_object_of_the_users_own_is_half_the_step_size():
+    results = []
+    for options in ({"lr": 0.5}, {"lr": 1.0, "preconditioner": Halved()}):
+        model = case("mlp-tanh").model()
+        inputs, target = case("mlp-tanh").sample()
+        opt = ddpn_fx.DDPNOpt(ddpn_fx.compile(model, loss=F.cross_entropy, disable=True), **options)
+        opt.train_step(inputs, target)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        ("diag", ValueError, r"preconditioner='diag' is not known; choose one of 'identity', 'diagonal', 'factored'"),
+        (Diagonal, TypeError, "is a class, not an object of it"),
+        (3.0, TypeError, r"preconditioner=3.0 has no moments; it needs moments, state, metric and refresh"),
+    ],
+)
+def test_a_wrong_preconditioner_is_refused(given, error, match):
+    net = ddpn_fx.compile(nn.Linear(2, 2), loss=F.cross_entropy)
+    with pytest.raises(error, match=match):
+        ddpn_fx.DDPNOpt(net, preconditioner=given)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Diagonal(decay=1.0), r"Diagonal: decay=1.0 must be in \[0, 1\)"),
+        (lambda: Kronecker(damping=0.0), "Kronecker: damping=0.0 must be positive and finite"),
+        (lambda: EigenKronecker(refresh_every=0), "EigenKronecker: refresh_every=0 must be at least 1"),
+        (lambda: Factored(moments="loss"), r"Factored: moments='loss' must be one of \('gradient', 'value'\)"),
+    ],
+)
+def test_a_wrong_option_is_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
