@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ddpn_fx.passes import bellman
 from ddpn_fx.passes import loss as losses
+from ddpn_fx.passes.derive import Twin
 from ddpn_fx.passes.gamma import Gamma, Gammas
 from ddpn_fx.passes.ir import Chain, Stage
 from ddpn_fx.passes.linearize import pullback, real
@@ -128,8 +129,11 @@ def _pull(
     columns = seeds.shape[1]
     for stage in reversed(chain.stages[last_stage:]):
         tape = trajectory.tapes[stage.index]
-        taps = pullback(chain, stage, tape, trajectory.env, cotangents, columns, hold=hold)
-        gammas.add(stage, taps, trajectory.env)
+        if isinstance(tape, Twin):
+            tape.pull(cotangents, gammas, columns, hold=hold)
+        else:
+            taps = pullback(chain, stage, tape, trajectory.env, cotangents, columns, hold=hold)
+            gammas.add(stage, taps, trajectory.env)
         if states is not None:
             states.insert(0, {n: cotangents[n] for n in stage.state_in if n in cotangents})
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ddpn_fx.passes.functional import mutates
+
 aten = torch.ops.aten
 
 # Views that keep the order of the elements: of the same shape, they keep the value.
@@ -42,16 +44,6 @@ def fuse(module: fx.GraphModule) -> fx.GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
-
-
-def mutates(graph: fx.Graph) -> bool:
-    """Whether an operator writes into a value other than an input of the graph."""
-    return any(
-        isinstance(n.target, torch._ops.OpOverload)
-        and n.target._schema.is_mutable
-        and not (n.target is aten.copy_.default and isinstance(n.args[0], fx.Node) and n.args[0].op == "placeholder")
-        for n in graph.nodes
-    )
 
 
 def drop_idle_views(graph: fx.Graph) -> int:
@@ -117,7 +109,7 @@ def share(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or not _pure(node):
             continue
-        key = (node.target, _freeze(node.args), _freeze(node.kwargs))
+        key = (node.target, freeze(node.args), freeze(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
@@ -133,12 +125,12 @@ def _pure(node: fx.Node) -> bool:
     return getattr(target, "__module__", "") == "_operator"
 
 
-def _freeze(value: Any) -> Any:
+def freeze(value: Any) -> Any:
     """A hashable form in which 1, 1.0 and True differ, and 0.0 and -0.0."""
     if isinstance(value, (list, tuple)):
-        return tuple(_freeze(v) for v in value)
+        return tuple(freeze(v) for v in value)
     if isinstance(value, dict):
-        return tuple(sorted((k, _freeze(v)) for k, v in value.items()))
+        return tuple(sorted((k, freeze(v)) for k, v in value.items()))
     if isinstance(value, slice):
-        return ("slice", _freeze((value.start, value.stop, value.step)))
+        return ("slice", freeze((value.start, value.stop, value.step)))
     return (type(value), repr(value) if isinstance(value, float) else value)

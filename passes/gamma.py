@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ddpn_fx.passes.ir import Chain, ParamUse, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, rules
 from ddpn_fx.passes.rules import Blocks, Rule
-from ddpn_fx.passes.rules.base import accumulate_dtype, gram_matrix
+from ddpn_fx.passes.rules.base import accumulate_dtype, gram_matrix, product_gram
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,24 @@ class Gamma:
     def gram(self, blocks: Blocks, metric: Any = None) -> Tensor:
         """Gamma^T M^-1 Gamma in blocks, for a :class:`~ddpn_fx.passes.metric.Metric` or the identity: (G, n, n)."""
         if metric is not None:
-            entry = self.entries[0]
-            if metric.sides is not None and len(self.entries) == 1 and entry.argument.op == "placeholder":
-                gram = entry.rule.whitened_gram(entry.argument, blocks, metric.sides)
-                if gram is not None:
-                    return gram
+            factors = None if metric.sides is None else self.factors(blocks)
+            if factors is not None:
+                (x, h), (rows, columns) = factors, metric.sides
+                return product_gram(columns(x), rows(h), blocks)
             return gram_matrix(blocks.matrix(metric.whiten(self.columns())))
         if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
+
+    def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """x and h of one use that is a product of both, where they are the cheaper way to K."""
+        (entry, *others) = self.entries
+        return None if others or entry.argument.op != "placeholder" else entry.rule.factors(entry.argument, blocks)
+
+    def product_moments(self, coefficient: Tensor, diagonal: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        """As :meth:`ddpn_fx.passes.rules.Rule.product_moments`, of the one use."""
+        (entry,) = self.entries
+        return entry.rule.product_moments(entry.argument, coefficient, diagonal)
 
     def columns(self) -> Tensor:
         """Gamma itself: (B, R, *M), summed over the uses."""
@@ -115,6 +124,10 @@ class Gammas:
                     if name in self.trained:
                         gamma = self._found.setdefault(name, Gamma(name, self.parameters))
                         gamma.entries.append(Entry(stage.index, use, position, rule))
+
+    def include(self, gamma: Gamma) -> None:
+        """Take in the Gamma of a parameter."""
+        self._found[gamma.name] = gamma
 
     def of(self, names: Iterable[str]) -> Iterator[Gamma]:
         """Those of the named parameters that received a cotangent."""

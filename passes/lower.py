@@ -15,10 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ddpn_fx.passes.fuse import fuse, mutates
-from ddpn_fx.passes.log import PassRecord, op_counts, timed
+from ddpn_fx.passes.derive import NotSharedError, Sharing, shared
+from ddpn_fx.passes.functional import make_functional
+from ddpn_fx.passes.fuse import fuse
+from ddpn_fx.passes.guard import random_state
+from ddpn_fx.passes.log import PassRecord, log, op_counts, timed
 from ddpn_fx.passes.mode import STATISTICS, Hyper
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.provenance import KEYS, origin
@@ -198,13 +203,31 @@ def _quiet() -> Iterator[None]:
 
 def trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModule:
     """``make_fx`` on real tensors; the random state is given back."""
-    devices = sorted({t.device.index or 0 for t in flat if t.device.type == "cuda"})
-    with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=devices):
-        module = make_fx(function)(*flat)
-        if mutates(module.graph):  # a composite operator that works in place
+    # One mode for every node's ``val``: without it make_fx makes a mode for each node, at the price of a stack trace.
+    values = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+    with _quiet(), values, torch.no_grad(), random_state(flat):
+        module, sharing = _trace(function, flat)
+        if not make_functional(module.graph):  # a composite operator that works in place
             functional = torch.func.functionalize(_Relabelled(module).run, remove="mutations")
             module = make_fx(functional)(*flat)
+        if sharing is not None:
+            module.meta["stages"] = {"derived": sharing.derived, "copied": sharing.copied}
         return module
+
+
+def _trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> tuple[fx.GraphModule, Sharing | None]:
+    """``make_fx`` in which identical stages are derived once, where they can be."""
+    sharing = Sharing()
+
+    def sharing_function(*tensors: Tensor) -> Any:
+        with shared(sharing):
+            return function(*tensors)
+
+    try:
+        return make_fx(sharing_function)(*flat), sharing
+    except NotSharedError as reason:
+        log.debug("trace: every stage by itself, since %s", reason)
+        return make_fx(function)(*flat), None
 
 
 class _Relabelled(fx.Interpreter):
@@ -303,7 +326,7 @@ def parts(
         changes, _, statistics = program.feedback(trajectory, linear, hyper, s)
         return [*changes.values(), torch.stack([statistics[k].to(v.dtype) for k in STATISTICS])]
 
-    with program.kernels(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with program.kernels(), torch.no_grad(), random_state(base):
         states = simulate(*base)[1 : 1 + len(kept)]
         policies = backward(*base, *states)
     found: dict[str, tuple[fx.GraphModule, list[Tensor]]] = {}

@@ -119,8 +119,7 @@ class Moment:
         Args:
             diagonal: for each side, whether its diagonal alone is wanted: (S, rows), (S, columns).
         """
-        (entry,) = self.gamma.entries
-        return entry.rule.product_moments(entry.argument, self.coefficient.to(self.dtype), diagonal)
+        return self.gamma.product_moments(self.coefficient.to(self.dtype), diagonal)
 
 
 class Preconditioner(Protocol):

@@ -20,10 +20,10 @@ from torch import Tensor, fx
 from ddpn_fx.passes.capture import Captured, close, placeholder_values
 from ddpn_fx.passes.classify import batch_symbols, data_flow
 from ddpn_fx.passes.errors import CaptureError
+from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.ir import Kind, Layout
 from ddpn_fx.passes.linearize import attribute
 from ddpn_fx.passes.provenance import describe
-from ddpn_fx.passes.rules.base import batch_first
 
 Values = dict[fx.Node, Any]
 
@@ -56,8 +56,7 @@ def probe(
         CaptureError: a rewrite of the normal form changed what the graph computes.
     """
     generator = torch.Generator().manual_seed(0)
-    devices = sorted({p.device.index or 0 for p in params.values() if p.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), random_state(params.values()):
         base = evaluate(captured, placeholder_values(captured, params, buffers, captured.example))
         _check_rewrites(captured, base, kind)
         runs = _changed_runs(captured, base, params, buffers, kind, generator)
@@ -75,11 +74,14 @@ def probe(
         expected = result.layouts.get(node)
         if not is_judged and expected is None:
             continue
-        pairs = [(before[node], after[node], sample) for before, after, sample in runs]
-        layout = None if expected is None else _fit(pairs, expected, captured.batch)
-        if layout is not None:
+        layout = None
+        if expected is not None:
+            compared = [Differences.of(old[node], new[node], expected.dim, sample) for old, new, sample in runs]
+            differences = [d for d in compared if d is not None]
+            layout = _fit(differences, expected, captured.batch)
+        if expected is not None and layout is not None:
             result.layouts[node] = layout
-            if expected is not None and expected.inner > 1 and not any(_differ(b, a) for b, a, _ in pairs):
+            if expected.inner > 1 and not any(d.any() for d in differences):
                 result.unknown.add(node)
         elif is_judged:
             result.mixing.append(node)
@@ -131,7 +133,10 @@ def evaluate(
     held: Values | None = None,
     kind: dict[fx.Node, Kind] | None = None,
 ) -> Values:
-    """Every node's value; with ``held``, noise and batch statistics take the values given there."""
+    """Every node's value; with ``held``, a run's values, noise and batch statistics are those of that run.
+
+    What reads nothing that differs from that run is not evaluated again.
+    """
     env: Values = {}
     for node in captured.module.graph.nodes:
         if node.op == "placeholder":
@@ -139,13 +144,19 @@ def evaluate(
         elif node.op == "get_attr":
             env[node] = attribute(captured.module, node.target)
         elif node.op == "call_function":
-            if held is not None and kind is not None and kind[node] in (Kind.NOISE, Kind.STATISTIC):
+            if held is not None and kind is not None and _as_held(node, env, held, kind):
                 env[node] = held[node]
             else:
                 env[node] = node.target(
                     *fx.node.map_arg(node.args, env.__getitem__), **fx.node.map_arg(node.kwargs, env.__getitem__)
                 )
     return env
+
+
+def _as_held(node: fx.Node, env: Values, held: Values, kind: dict[fx.Node, Kind]) -> bool:
+    if kind[node] in (Kind.NOISE, Kind.STATISTIC):
+        return True
+    return not _draws(node) and all(env[a] is held[a] for a in node.all_input_nodes)
 
 
 def _changed_runs(
@@ -208,29 +219,65 @@ def _expected(captured: Captured, sizes: dict[fx.Node, Any]) -> dict[fx.Node, La
     return found
 
 
-def _fit(pairs: list[tuple[Tensor, Tensor, int]], expected: Layout, batch: int) -> Layout | None:
+@dataclass(frozen=True)
+class Differences:
+    """How far two runs of a value lie apart along the dimension that counts the batch, one entry a row.
+
+    Attributes:
+        sample: the sample that was changed.
+        excess: (rows,) the largest ``|before - after| - rtol |after|``; 0 where equal, inf where one is not finite.
+        scale: (rows,) the largest finite ``|before|``.
+        tolerance: rtol, and atol per unit of scale.
+    """
+
+    sample: int
+    excess: Tensor
+    scale: Tensor
+    tolerance: float
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor, dim: int, sample: int) -> Differences | None:
+        """Compare two runs; None where nothing differs at all."""
+        if torch.equal(before, after):
+            return None
+        other = [d for d in range(before.dim()) if d != dim]
+        if not (before.is_floating_point() or before.is_complex()):
+            differs = (before != after).double()
+            return cls(sample, _most(differs, other), torch.zeros(before.shape[dim], dtype=torch.float64), 0.0)
+        tolerance = 1e3 * torch.finfo(before.dtype).eps
+        gap = (before - after).abs() - tolerance * after.abs()
+        gap = torch.where((before == after) | (before.isnan() & after.isnan()), torch.zeros_like(gap), gap)
+        gap = torch.where(gap.isnan() | ~after.isfinite() & (gap != 0), torch.full_like(gap, torch.inf), gap)
+        size = torch.where(before.isfinite(), before.abs(), torch.zeros_like(gap))
+        return cls(sample, _most(gap, other), _most(size, other), tolerance)
+
+    def leak(self, layout: Layout, batch: int) -> bool:
+        """Whether samples other than the changed one differ, if the rows lie in this layout."""
+        others = torch.ones(layout.outer, batch, layout.inner, dtype=torch.bool)
+        others[:, self.sample] = False
+        excess, scale = self.excess[others.flatten()], self.scale[others.flatten()]
+        return bool(excess.numel()) and bool(excess.max() > self.tolerance * scale.max())
+
+    def any(self) -> bool:
+        """Whether a row differs by more than rounding."""
+        return bool(self.excess.max() > self.tolerance * self.scale.max())
+
+
+def _most(t: Tensor, dims: Sequence[int]) -> Tensor:
+    """The maximum over dimensions, which may be none or empty; in float64 on the CPU."""
+    if t.numel() == 0:
+        return torch.zeros([n for d, n in enumerate(t.shape) if d not in dims], dtype=torch.float64)
+    return (t.amax(list(dims)) if dims else t).to("cpu", torch.float64)
+
+
+def _fit(differences: Sequence[Differences], expected: Layout, batch: int) -> Layout | None:
     """The layout in which only the changed sample's slice differs in every run, or None."""
     for outer in range(1, expected.inner + 1):
         if expected.inner % outer == 0:
             candidate = Layout(expected.dim, expected.inner // outer, outer)
-            if not any(_leaks(before, after, candidate, batch, sample) for before, after, sample in pairs):
+            if not any(d.leak(candidate, batch) for d in differences):
                 return candidate
     return None
-
-
-def _leaks(before: Tensor, after: Tensor, layout: Layout, batch: int, sample: int) -> bool:
-    """Whether samples other than the changed one differ between two runs."""
-    others = [i for i in range(batch) if i != sample]
-    return _differ(*(batch_first(t, layout, batch)[others] for t in (before, after)))
-
-
-def _differ(before: Tensor, after: Tensor) -> bool:
-    if not (before.is_floating_point() or before.is_complex()):
-        return not torch.equal(before, after)
-    eps = torch.finfo(before.dtype).eps
-    finite = before.detach().abs()[before.isfinite()]
-    scale = float(finite.max()) if finite.numel() else 0.0
-    return not torch.allclose(before, after, rtol=1e3 * eps, atol=1e3 * eps * scale, equal_nan=True)
 
 
 def _draws(node: fx.Node) -> bool:

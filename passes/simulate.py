@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ddpn_fx.passes import loss as losses
+from ddpn_fx.passes.derive import Twin, active
 from ddpn_fx.passes.ir import Chain, Kind
 from ddpn_fx.passes.linearize import Env, Parameters, Tape, context, forward
 from ddpn_fx.passes.mode import Mode
@@ -21,7 +22,7 @@ class Trajectory:
 
     Attributes:
         env: every node's value.
-        tapes: the pullbacks of each stage's operators.
+        tapes: the pullbacks of each stage's operators, or the twin that copies them.
         parameters: the controls that made it.
         phi: the terminal cost (closed loop).
         loss: J.
@@ -29,7 +30,7 @@ class Trajectory:
     """
 
     env: Env
-    tapes: list[Tape]
+    tapes: list[Tape | Twin]
     parameters: Parameters
     phi: losses.Phi | None = None
     loss: Tensor | None = None
@@ -60,10 +61,16 @@ def simulate(
     if given is not None:
         env.update({n: v for n, v in given.items() if chain.kinds[n] is not Kind.CHAIN})
     trajectory = Trajectory(env, [], Parameters(chain, params, env))
+    sharing = active()
     for stage in chain.stages:
-        tape = Tape()
         if given is not None:
             env.update({n: given[n] for n in stage.state_in})
+        twin = None if sharing is None else sharing.twin(chain, mode, stage, batch)
+        if twin is not None:
+            twin.forward(env, trajectory.parameters)
+            trajectory.tapes.append(twin)
+            continue
+        tape = Tape()
         forward(chain, stage.nodes, env, trajectory.parameters, stage=stage.index, tape=tape)
         trajectory.tapes.append(tape)
     with origin({"role": "loss", "stage": len(chain.stages)}):

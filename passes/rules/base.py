@@ -139,8 +139,8 @@ class Rule:
         """
         raise NotImplementedError
 
-    def whitened_gram(self, argument: fx.Node, blocks: Blocks, sides: tuple[Any, Any]) -> Tensor | None:
-        """K of products whose rows and columns went through these maps; None where columns are the cheaper way."""
+    def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """x (B, P, I) and h (B, R, P, O) of an argument's products; None where its columns are the cheaper way to K."""
         return None
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:

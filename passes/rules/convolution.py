@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -104,14 +104,13 @@ class Convolution(Rule):
         h = torch.einsum("br,brsol->sblo", coefficient, self.h.to(coefficient.dtype)).flatten(1, 2)
         return second_moment(h, diagonal[0]) / self.batch, second_moment(x, diagonal[1]) / x.shape[1]
 
-    def whitened_gram(self, argument: fx.Node, blocks: Blocks, sides: tuple[Any, Any]) -> Tensor | None:
-        """From Grams over positions where these are few."""
+    def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Patches and cotangents, where positions are few."""
         (_, _, i, length), o = self.patches.shape, self.h.shape[3]
         if self.groups != 1 or not prefer_grams(length, i, o, blocks.group, self.columns):
             return None
         dtype = accumulate_dtype(self.h.dtype)
-        x, h = self.patches[:, 0].mT.to(dtype), self.h[:, :, 0].mT.to(dtype)
-        return product_gram(sides[1](x), sides[0](h), blocks)
+        return self.patches[:, 0].mT.to(dtype), self.h[:, :, 0].mT.to(dtype)
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """From Grams over positions where these are few, else from per-sample gradients."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -72,10 +72,10 @@ class Linear(Rule):
         h = torch.einsum("br,brpo->bpo", coefficient, self.h.to(coefficient.dtype)).flatten(0, 1)[None]
         return second_moment(h, diagonal[0]) / self.batch, second_moment(x, diagonal[1]) / x.shape[1]
 
-    def whitened_gram(self, argument: fx.Node, blocks: Blocks, sides: tuple[Any, Any]) -> Tensor | None:
-        """The product's Gram of mapped cotangents and inputs."""
+    def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Inputs and cotangents."""
         dtype = accumulate_dtype(self.x.dtype)
-        return product_gram(sides[1](self.x.to(dtype)), sides[0](self.h.to(dtype)), blocks)
+        return self.x.to(dtype), self.h.to(dtype)
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Weight: (sum_c omega h)^T x in one product; bias: its sum over samples and positions."""
