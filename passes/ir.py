@@ -11,6 +11,7 @@ is a run of its chain nodes. :func:`ddpn_fx.passes.verify.verify` states and che
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,17 @@ class Stage:
     cut: str = ""
 
 
+# How each rule comes to K_t, for people (``ddpn_fx.passes.rules``).
+HOW = {
+    "linear": "Grams of inputs and cotangents, without per-sample gradients",
+    "convolution": "Grams of patches and cotangents, or per-sample gradients, whichever is cheaper",
+    "embedding": "Grams of cotangents at equal indices, or per-sample gradients, whichever is cheaper",
+    "affine": "per-sample gradients, small ones",
+    "expand": "per-sample gradients, small ones",
+    "generic": "per-sample gradients, by the operator's own VJP on each sample",
+}
+
+
 @dataclass
 class Chain:
     """A captured objective as a chain of stages and a terminal cost.
@@ -128,7 +140,7 @@ class Chain:
         return self.captured.module.graph
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a stage: index, controls, tied, ops (operator, rule), state shapes, cut."""
+        """One dict a stage: index, controls, tied, ops (operator, rule), states' shapes, bytes a sample, cut."""
         return [
             {
                 "index": s.index,
@@ -137,6 +149,7 @@ class Chain:
                 "ops": [(str(u.node.target).removeprefix("aten."), u.rule) for u in s.uses],
                 "state_in": [self._shape(n) for n in s.state_in] or ["data"],
                 "state_out": [self._shape(n) for n in s.state_out],
+                "bytes": sum(self._bytes(n) for n in s.state_out),
                 "cut": s.cut,
             }
             for s in self.stages
@@ -150,8 +163,15 @@ class Chain:
             dims[layout.dim] = "*".join(factors)
         return "(" + ", ".join(dims) + ")"
 
+    def _bytes(self, node: fx.Node) -> int:
+        """Of one sample's part of a value."""
+        value = node.meta.get("val")
+        size = getattr(getattr(value, "dtype", None), "itemsize", 0)
+        return math.prod(self.sizes.get(node, ())) * size // self.captured.batch
+
     def __str__(self) -> str:
-        header = ("stage", "controls", "operator: rule", "state in", "state out")
+        """The table of the stages, why each cut is where it is, and how the rules in use come to K."""
+        header = ("stage", "controls", "operator: rule", "state in", "state out", "bytes a sample")
         table = [header]
         for row in self.rows():
             controls = [*row["controls"], *(f"({n}: tied)" for n in row["tied"])]
@@ -163,6 +183,7 @@ class Chain:
                     ", ".join(ops),
                     " ".join(row["state_in"]),
                     " ".join(row["state_out"]),
+                    f"{row['bytes']:,}",
                 )
             )
         widths = [max(len(r[i]) for r in table) for i in range(len(header))]
@@ -173,4 +194,9 @@ class Chain:
             if self.loss is None
             else f"loss: {str(self.loss_node.target).removeprefix('aten.') if self.loss_node is not None else 'other'}"
         )
-        return "\n".join([*lines, f"{len(self.stages)} stages, {len(self.parameter_names)} parameters, {loss}"])
+        lines.append(f"{len(self.stages)} stages, {len(self.parameter_names)} parameters, {loss}")
+        lines += ["", "why the cuts are there"]
+        lines += [f"{row['index']:>5}  {row['cut']}" for row in self.rows()]
+        used = sorted({rule for row in self.rows() for _, rule in row["ops"]})
+        lines += ["", "how the rules come to K", *(f"       {r}: {HOW.get(r, 'its own')}" for r in used)]
+        return "\n".join(lines)

@@ -30,10 +30,11 @@ from ddpn_fx.passes import Chain, build_chain, verify
 from ddpn_fx.passes.capture import capture, placeholder_values
 from ddpn_fx.passes.errors import CaptureError, StagingError
 from ddpn_fx.passes.fuse import drop_idle_views, fuse, share
-from ddpn_fx.passes.ir import Kind, Layout
+from ddpn_fx.passes.ir import HOW, Kind, Layout
 from ddpn_fx.passes.log import PassRecord, op_counts
 from ddpn_fx.passes.normalize import normalize
 from ddpn_fx.passes.provenance import module_path, source_line
+from ddpn_fx.passes.rules import RULES
 from ddpn_fx.passes.rules.linear import Linear
 from tests import harness
 from tests.models import case
@@ -837,6 +838,24 @@ FAULTS = {
     turn_nodes_around: ("residual", "which it reads"),
     no_stages: ("residual", "it has no stages"),
 }
+
+
+def test_the_table_says_shapes_bytes_rules_and_why_each_cut_is_there():
+    inputs, target = case("cnn").sample()
+    chain = build(case("cnn").model(), *inputs, target=target)
+    text = str(chain)
+    assert "(B, 3, 5, 5)" in text
+    assert [r["bytes"] for r in chain.rows()] == [3 * 5 * 5 * 8, 16 * 8, 3 * 8]
+    for row in chain.rows():
+        assert f"{row['bytes']:,}" in text
+        assert row["cut"]
+        assert row["cut"] in text
+    assert "convolution: Grams of patches" in text
+    assert "generic:" not in text  # only the rules in use
+
+
+def test_every_rule_says_how_it_comes_to_its_gram():
+    assert set(HOW) == {rule.name for rule in RULES}
 
 
 @pytest.mark.parametrize(
