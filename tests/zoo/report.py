@@ -109,8 +109,8 @@ def page(rows: list[dict], refusals: list[dict]) -> str:
     lines += [
         "",
         "float64 on the CPU, tiny widths, equal to 1e-9 of the largest change. A family without a gauss-newton check",
-        "has batch statistics; without a noise check it draws no random numbers. The seconds are those of capture and all",
-        "passes up to the graph that a backend gets, of a default step, on one thread beside another process.",
+        "has batch statistics; without a noise check it draws no random numbers. The seconds are those of capture and",
+        "all passes up to the graph that a backend gets, of one step, on one thread beside another process.",
         "",
         "| family | parameters | stages | capture and passes, s | operator: rule | checks passed | status |",
         "|---|--:|--:|--:|---|---|---|",
