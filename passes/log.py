@@ -27,12 +27,13 @@ def op_counts(graph: fx.Graph | None) -> Counter[str]:
 
 @dataclass
 class PassRecord:
-    """What one pass did: its name, seconds, and operator counts before and after."""
+    """What one pass did: its name, seconds, operator counts before and after, and counts of its own by name."""
 
     name: str
     seconds: float = 0.0
     before: Counter[str] = field(default_factory=Counter)
     after: Counter[str] = field(default_factory=Counter)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def difference(self) -> str:
         """The changed operator counts as ``+2 aten.mul.Tensor, -1 aten.layer_norm.default``."""
@@ -50,4 +51,5 @@ def timed(name: str, records: list[PassRecord], graph: fx.Graph | None = None) -
     record.seconds = time.perf_counter() - start
     records.append(record)
     total = sum(record.after.values())
-    log.info("%s: %.3f s, %d ops (%s)", name, record.seconds, total, record.difference())
+    counts = "".join(f", {v} {k}" for k, v in record.counts.items())
+    log.info("%s: %.3f s, %d ops (%s)%s", name, record.seconds, total, record.difference(), counts)

@@ -167,6 +167,7 @@ def lower(
     with timed("trace", records) as record:
         module = trace(step, flat)
         record.after = op_counts(module.graph)
+        record.counts = dict(module.meta.get("sharing", {}))
     with timed("fuse", records, module.graph) as record:
         _write_in_place(module, written)
         fuse(module)
@@ -211,7 +212,7 @@ def trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModul
             functional = torch.func.functionalize(_Relabelled(module).run, remove="mutations")
             module = make_fx(functional)(*flat)
         if sharing is not None:
-            module.meta["stages"] = {"derived": sharing.derived, "copied": sharing.copied}
+            module.meta["sharing"] = {"derivations": sharing.derived, "stages copied": sharing.copied}
         return module
 
 

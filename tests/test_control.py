@@ -726,6 +726,7 @@ def test_zero_iterations_give_the_policy_at_the_first_guess():
     r = control.solve(*lq.functions, lq.x0, lq.us, max_iterations=0, regularization=0)
     assert (r.iterations, r.converged, r.status) == (0, False, "iteration limit")
     assert torch.equal(r.us, lq.us)
+    assert r.us.data_ptr() != lq.us.data_ptr()  # a copy: nothing done to the result reaches the user's guess
     np.testing.assert_allclose(r.K, lq.riccati()[1], rtol=1e-9, atol=1e-9)
     assert r.k.abs().max() > 0.1
 

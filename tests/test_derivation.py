@@ -210,11 +210,11 @@ def test_a_shared_derivation_gives_the_graph_of_deriving_each_stage(name, mode, 
     """Node by node: operators, constants, edges, module paths and source lines; so bit for bit, and the same draws."""
     model = deep(3, p=0.4) if name == "noise" else deep(3, norm=nn.BatchNorm1d)
     loss, weights, module = step(model, **MODES[mode])
-    counts = module.meta["stages"]
-    assert counts["copied"] > counts["derived"] > 0
+    counts = module.meta["sharing"]
+    assert counts["stages copied"] > counts["derivations"] > 0
     monkeypatch.setattr(derive, "structures", lambda *a, **k: {})
     plain_loss, plain_weights, plain = step(model, **MODES[mode])
-    assert plain.meta["stages"] == {"derived": 0, "copied": 0}
+    assert plain.meta["sharing"] == {"derivations": 0, "stages copied": 0}
     assert described(module) == described(plain)
     assert torch.equal(loss, plain_loss)
     assert all(torch.equal(weights[n], t) for n, t in plain_weights.items())
@@ -293,7 +293,7 @@ def test_parameter_groups_are_no_structure():
         opt.train_step(torch.randn(5, 3), torch.randint(2, (5,)))
         results.append((net.state_dict(), next(iter(net._lowered.values())).module))
     (traced, module), (plain, _) = results
-    assert module.meta["stages"]["copied"] > module.meta["stages"]["derived"] > 0
+    assert module.meta["sharing"]["stages copied"] > module.meta["sharing"]["derivations"] > 0
     assert all(torch.allclose(traced[n], t, rtol=1e-5, atol=1e-6) for n, t in plain.items())
 
 
@@ -304,6 +304,6 @@ def test_what_cannot_be_copied_is_traced_stage_by_stage(monkeypatch, caplog):
     with caplog.at_level(logging.DEBUG, logger="ddpn_fx.passes"):
         other_loss, other_weights, module = step(model)
     assert "a reason" in caplog.text
-    assert "stages" not in module.meta
+    assert "sharing" not in module.meta
     assert torch.equal(loss, other_loss)
     assert all(torch.equal(weights[n], t) for n, t in other_weights.items())

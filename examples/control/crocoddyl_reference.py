@@ -86,9 +86,9 @@ def solve(task: Task, us: Tensor | None = None, *, solver: str = "SolverDDP", ma
     shooting = crocoddyl.ShootingProblem(task.x0.numpy(), stages, Stage(task, None, graphs))
     ddp = getattr(crocoddyl, solver)(shooting)
     controls = list(us.numpy())
-    start = time.perf_counter()
+    start = time.process_time()
     with torch.no_grad():
         states = shooting.rollout(controls)
         converged = ddp.solve(states, controls, max_iterations, True)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return Reference(torch.tensor(np.array(list(ddp.us))), float(ddp.cost), int(ddp.iter), bool(converged), seconds)
