@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,18 +73,23 @@ def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def structure(batch: Any) -> tuple[Any, ...]:
-    """What a capture depends on beside the mode: the tree, dtypes, ranks, sizes but the batch's, constants."""
+def structure(batch: Any, batched: Sequence[bool] | None = None) -> tuple[Any, ...]:
+    """What a capture depends on beside the mode: the tree, dtypes, ranks, sizes but the batch's, constants.
+
+    Args:
+        batch: inputs and target.
+        batched: for each leaf whether dimension 0 is the batch, where that is known; else as its length suggests.
+    """
     leaves, spec = pytree.tree_flatten(batch)
     size = next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()), None)
+    flags = [isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == size for t in leaves]
 
-    def describe(t: Any) -> Any:
+    def describe(t: Any, is_batched: bool) -> Any:
         if not isinstance(t, Tensor):
             return (type(t).__name__, repr(t))
-        batched = t.dim() > 0 and t.shape[0] == size
-        return (t.dtype, t.device, batched, tuple(t.shape[int(batched) :]))
+        return (t.dtype, t.device, is_batched, tuple(t.shape[int(is_batched) :]))
 
-    return str(spec), tuple(describe(t) for t in leaves)
+    return str(spec), tuple(map(describe, leaves, flags if batched is None else batched))
 
 
 def same_structure(known: tuple[Any, ...], batch: Any) -> bool:

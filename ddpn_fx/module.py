@@ -182,21 +182,19 @@ class CompiledModule(nn.Module):
         args, kwargs = split_inputs(inputs)
         targets = (target,) if with_target else ()
         loss = self._options["loss"]
-        batch = structure((args, kwargs, targets))
-        key = (self._signature(), bool(targets) or loss is None, batch)
-        if key not in self._chains:
-            for (*others, known), chain in self._chains.items():
-                if tuple(others) == key[:2] and same_structure(known, (args, kwargs, targets)):
-                    return chain
-            check_batch("ddpn_fx.compile", args, kwargs, targets)
-            args, kwargs, targets = pytree.tree_map_only(Tensor, finite, (args, kwargs, targets))
-            with self._undisturbed(), torch.inference_mode(False), torch.enable_grad():
-                self._try(args, kwargs, targets)
-                chain = build_chain(self._original, loss, args, kwargs, targets, module_loss=loss is None)
-            key = (self._signature(), *key[1:])  # what the forward pass itself changes is known now
-            self._chains[key] = chain
-        found: Chain = self._chains[key]
-        return found
+        batch, complete = (args, kwargs, targets), bool(targets) or loss is None
+        signature = self._signature()
+        for (*others, known), chain in self._chains.items():
+            if others == [signature, complete] and same_structure(known, batch):
+                return chain
+        check_batch("ddpn_fx.compile", args, kwargs, targets)
+        args, kwargs, targets = pytree.tree_map_only(Tensor, finite, batch)
+        with self._undisturbed(), torch.inference_mode(False), torch.enable_grad():
+            self._try(args, kwargs, targets)
+            chain = build_chain(self._original, loss, args, kwargs, targets, module_loss=loss is None)
+        # What the forward pass itself changes is known now, and which inputs are the batch.
+        self._chains[self._signature(), complete, structure(batch, chain.captured.batched)] = chain
+        return chain
 
     def _try(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: tuple[Any, ...]) -> None:
         """Run the module and the loss once in eager mode, so that what fails there fails in its own words."""

@@ -311,6 +311,31 @@ def test_an_input_as_long_as_the_batch_need_not_be_a_batch():
     assert len(net._chains) == 1
 
 
+def test_another_length_of_an_input_that_is_no_batch_is_another_capture():
+    """Six context points, by threes, in a batch of six; then nine: the capture has their number inside."""
+
+    def forward(m, x, p):
+        return m.a(x) + m.c(p.unflatten(0, (-1, 3)).prod(1)).sum(0) / p.shape[0]
+
+    model = Model(forward, a=nn.Linear(3, 3), c=nn.Linear(2, 3))
+    x, y = data(3)
+    first, then = (torch.randn(n, 2, dtype=torch.float64) for n in (6, 9))
+    net = assert_sgd(model, (x, first), y)
+    assert net.chain.captured.batched == [True, False, True]
+    reference = copy.deepcopy(model)
+    torch.optim.SGD(reference.parameters(), lr=0.5).step(lambda: loss_and_gradient(reference, (x, then), y))
+    ddpn_fx.DDPNOpt(net, lr=0.5, feedback=False).train_step((x, then), y)
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def loss_and_gradient(model, inputs, target):
+    model.zero_grad()
+    loss = F.cross_entropy(model(*inputs), target)
+    loss.backward()
+    return loss
+
+
 def test_an_edge_list_in_a_batch_of_two():
     def forward(m, x, edges):
         source, into = edges
