@@ -3,13 +3,23 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddpn_fx import control
+    from ddpn_fx import control, preconditioners
     from ddpn_fx.module import compile
     from ddpn_fx.optimizer import DDPNOpt
     from ddpn_fx.passes.errors import CaptureError, LossError, StagingError
 
 __version__ = "0.1.0.dev0"
-__all__ = ["CaptureError", "DDPNOpt", "LossError", "StagingError", "__version__", "compile", "control", "export"]
+__all__ = [
+    "CaptureError",
+    "DDPNOpt",
+    "LossError",
+    "StagingError",
+    "__version__",
+    "compile",
+    "control",
+    "export",
+    "preconditioners",
+]
 
 
 # torch is imported with the first of these names, so that the command line's help is quick.
@@ -25,8 +35,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "control":
-        return import_module("ddpn_fx.control")
+    if name in ("control", "preconditioners"):
+        return import_module(f"ddpn_fx.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'ddpn_fx' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpn_fx.passes.mode import slots_of, state_key
+from ddpn_fx.passes.mode import state_key
+from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
-from ddpn_fx.passes.rules.base import accumulate_dtype
 
 
 class Kept:
@@ -62,15 +62,15 @@ class Kept:
             self._slots[program, name] = tuple(fresh)
         return self._slots[program, name]
 
-    def refresh(self, program: Program, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def refresh(self, program: Program, state: Mapping[Any, dict[str, Any]], params: Mapping[str, Tensor]) -> None:
         """The preconditioner's work outside the step, after a step."""
         preconditioner = program.mode.preconditioner
         if preconditioner is None:
             return
         self.taken += 1
-        for name, site in program.sites(params).items():
-            if name in program.group:
-                preconditioner.refresh(site, slots_of(name, state), self.taken)
+        found = program.sites(params)
+        for name in program.trained:
+            preconditioner.refresh(found[name], state[params[name]], self.taken)
 
     def load(self, count: Any, params: Mapping[str, Tensor]) -> None:
         """Take a saved count of steps, or None; tensors that were there before are not known any more."""
@@ -83,11 +83,6 @@ class Kept:
         return {"count": self.count, "taken": self.taken, "_slots": {}}
 
 
-def number_dtype(like: Tensor) -> torch.dtype:
-    """Of the numbers of a step: float32, or float64 for a float64 model."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
 def _zero(params: Mapping[str, Tensor]) -> Tensor:
     first = next(iter(params.values()))
-    return torch.zeros((), dtype=number_dtype(first), device=first.device)
+    return torch.zeros((), dtype=accumulate_dtype(first.dtype), device=first.device)

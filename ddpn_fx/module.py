@@ -22,9 +22,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ddpn_fx.batch import autocast, check_batch, finite, same_structure, split_inputs, structure
-from ddpn_fx.passes.capture import Objective, borrowed
+from ddpn_fx.passes.capture import borrowed
 from ddpn_fx.passes.errors import CaptureError
+from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.ir import Chain
+from ddpn_fx.passes.objective import Objective
 from ddpn_fx.passes.pipeline import build_chain
 from ddpn_fx.sources import as_module
 
@@ -227,9 +229,8 @@ class CompiledModule(nn.Module):
             for n, v in m.__dict__.items()
             if type(v) in (list, dict, set) and n not in _REGISTRIES
         ]
-        devices = sorted({p.device.index or 0 for p in self._original.parameters() if p.device.type == "cuda"})
         try:
-            with torch.random.fork_rng(devices=devices):
+            with random_state(self._original.parameters()):
                 yield
         finally:
             changed = set()

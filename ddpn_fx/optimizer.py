@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ddpn_fx import preconditioners
 from ddpn_fx import terminal as terminals
-from ddpn_fx.kept import Kept, number_dtype
+from ddpn_fx.kept import Kept
 from ddpn_fx.module import CompiledModule, check_batch, split_inputs
 from ddpn_fx.options import GROUP_KEYS, check_arguments, check_group, check_loop, initial_groups, number
 from ddpn_fx.passes.errors import LossError, StagingError
@@ -22,6 +22,7 @@ from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
 from ddpn_fx.passes.metric import Preconditioner
 from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode
+from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.provenance import describe
 
@@ -52,12 +53,16 @@ class DDPNOpt(Optimizer):
         beta1: Adam's bias-corrected average of the direction.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
 
+    ``gain``, ``trust``, ``tikhonov`` and ``beta1`` are attributes that may be changed between steps, as the groups'
+    numbers; another number costs nothing, a change to or from 0, 1 or None may compile another program.
+
     Raises:
         TypeError: ``net`` is no compiled module.
         ValueError: an unknown or impossible option, named with what may stand there.
 
-    With ``feedback=False`` the arguments of the loop (terminal, rank, coupling, quu, rollout, gain, trust) have no
-    effect. In the linear rollout momentum and beta1 act on du beside the recursion: y is that of the step without them.
+    With ``feedback=False`` the arguments of the loop (terminal, rank, curvature, coupling, quu, rollout, gain, trust,
+    tikhonov) have no effect. In the linear rollout momentum and beta1 act on du beside the recursion: y is that of
+    the step without them.
 
     Equivalent to ``torch.optim.SGD`` (momentum, weight decay) with ``feedback=False``, to ``torch.optim.RMSprop`` with
     ``preconditioner="diagonal"`` beside, and to the damped Gauss-Newton step of the whole network with the defaults.
@@ -93,20 +98,18 @@ class DDPNOpt(Optimizer):
             rollout=rollout,
             feedback=feedback,
             decoupled=decoupled,
-            tikhonov=tikhonov,
             curvature=curvature,
             loss_floor=loss_floor,
-            beta1=beta1,
         )
-        self.preconditioner = preconditioners.make(preconditioner)
+        self._preconditioner = preconditioners.make(preconditioner)
         self._factor = terminals.make(
             terminal, rank=rank, curvature=curvature, loss_floor=number("loss_floor", loss_floor)
         )
         self.net = net
         self.coupling, self.quu, self.rollout = coupling, quu, rollout
-        self.feedback, self.decoupled, self.beta1, self.tikhonov = feedback, decoupled, float(beta1), float(tikhonov)
-        self.gain, self.trust = gain, trust
-        check_loop(self.gain, self.trust)
+        self.feedback, self.decoupled, self.beta1 = feedback, decoupled, beta1
+        self.gain, self.trust, self.tikhonov = gain, trust, tikhonov
+        check_loop(self.gain, self.trust, self.tikhonov, self.beta1)
         self.stats: dict[str, Tensor] = {}
         self._programs: dict[Any, Lowered] = {}
         self._vector: tuple[Any, Tensor] | None = None
@@ -140,6 +143,11 @@ class DDPNOpt(Optimizer):
             preconditioner = preconditioners.make(preconditioner, moments="value") or "identity"
         literal = {"terminal": "gradient", "coupling": "sample", "quu": "preconditioner", "rollout": "nonlinear"}
         return cls(net, lr, preconditioner=preconditioner, **{**literal, **options})
+
+    @property
+    def preconditioner(self) -> Preconditioner | None:
+        """What makes the metric M; None: the identity."""
+        return self._preconditioner
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer.add_param_group``.
@@ -225,7 +233,7 @@ class DDPNOpt(Optimizer):
                 (values,) = lowered.run(*flat)
             if net._options["mode"] is not None:
                 values = values.clone()  # a CUDA graph's next replay writes over its outputs
-            self._kept.refresh(lowered.program, params, state)
+            self._kept.refresh(lowered.program, self.state, params)
         self.stats = dict(zip(STATISTICS, values.unbind(), strict=True))
         self._opt_called = True  # torch's schedulers look for a step before theirs
         if getattr(self._factor, "floor", None) is not None or lowered.program.chain.loss_node is None:
@@ -326,10 +334,10 @@ class DDPNOpt(Optimizer):
             (bool(float(g["weight_decay"])), bool(float(g["momentum"])), tuple(id(p) for p in g["params"]))
             for g in self.param_groups
         )
-        return folds, self.trust is None, groups
+        return folds, self.trust is None, bool(float(self.tikhonov)), bool(float(self.beta1)), groups
 
     def _mode(self, params: Mapping[str, nn.Parameter]) -> Mode:
-        folds, no_trust, _ = self._structure()
+        folds, no_trust, regularized, average, _ = self._structure()
         names = {id(p): n for n, p in reversed(list(params.items()))}
         for i, members in enumerate(g["params"] for g in self.param_groups):
             for p in members:
@@ -356,27 +364,27 @@ class DDPNOpt(Optimizer):
             fold=folds
             and self.quu == "gauss-newton"
             and self.rollout == "linear"
-            and not self.tikhonov
+            and not regularized
             and (self.preconditioner is None or self.preconditioner.moments == "gradient"),
             trust=not no_trust,
             group=group,
             decay=tuple(bool(float(g["weight_decay"])) for g in self.param_groups),
             decoupled=self.decoupled,
             momentum=tuple(bool(float(g["momentum"])) for g in self.param_groups),
-            average=bool(self.beta1),
+            average=average,
             preconditioner=self.preconditioner,
-            tikhonov=bool(self.tikhonov),
+            tikhonov=regularized,
         )
 
     def _new_vector(self, like: Tensor) -> Tensor:
-        return torch.tensor(self._numbers(), dtype=number_dtype(like)).to(like.device, non_blocking=True)
+        return torch.tensor(self._numbers(), dtype=accumulate_dtype(like.dtype)).to(like.device, non_blocking=True)
 
     def _numbers(self) -> list[float]:
-        check_loop(self.gain, self.trust)
+        check_loop(self.gain, self.trust, self.tikhonov, self.beta1)
         for group in self.param_groups:
             check_group(group, self.beta1)
         trust = math.inf if self.trust is None else float(self.trust)
-        return Hyper.pack(float(self.gain), trust, self.beta1, self.tikhonov, self.param_groups)
+        return Hyper.pack(float(self.gain), trust, float(self.beta1), float(self.tikhonov), self.param_groups)
 
     def _hyper_vector(self, params: Mapping[str, nn.Parameter]) -> Tensor:
         """The numbers of the step on the device, sent anew only when one has changed."""
@@ -425,7 +433,7 @@ class DDPNOpt(Optimizer):
             "trust",
             "_factor",
             "_kept",
-            "preconditioner",
+            "_preconditioner",
             "_fold_allowed",
         )
         return {**state, **{k: self.__dict__[k] for k in keep}}

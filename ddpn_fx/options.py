@@ -21,10 +21,8 @@ def check_arguments(
     rollout: Any,
     feedback: Any,
     decoupled: Any,
-    tikhonov: Any,
     curvature: Any,
     loss_floor: Any,
-    beta1: Any,
 ) -> None:
     """Check what is fixed when the optimizer is made.
 
@@ -43,14 +41,10 @@ def check_arguments(
     for name, flag in (("feedback", feedback), ("decoupled", decoupled)):
         if not isinstance(flag, bool):
             raise ValueError(f"DDPNOpt: {name}={flag!r} must be True or False")
-    if not 0.0 <= number("tikhonov", tikhonov) < math.inf:
-        raise ValueError(f"DDPNOpt: tikhonov={tikhonov!r} must be finite and not negative")
     for name, value in (("curvature", curvature), ("loss_floor", loss_floor)):
         if value is not None and not math.isfinite(number(name, value)):
             rule = "positive and finite (an upper bound of the loss's Hessian in x_T)"
             raise ValueError(f"DDPNOpt: {name}={value!r} must be {rule if name == 'curvature' else 'finite'}")
-    if not 0.0 <= number("beta1", beta1) < 1.0:
-        raise ValueError(f"DDPNOpt: beta1={beta1!r} must be in [0, 1)")
 
 
 def initial_groups(net: CompiledModule, params: Iterable[Any] | None) -> list[Any]:
@@ -84,7 +78,7 @@ def initial_groups(net: CompiledModule, params: Iterable[Any] | None) -> list[An
     return groups
 
 
-def check_group(group: Mapping[str, Any], beta1: float) -> None:
+def check_group(group: Mapping[str, Any], beta1: Any) -> None:
     """Check the numbers of a parameter group."""
     for key in GROUP_KEYS:
         value = number(key, group[key])
@@ -97,12 +91,16 @@ def check_group(group: Mapping[str, Any], beta1: float) -> None:
         )
 
 
-def check_loop(gain: Any, trust: Any) -> None:
+def check_loop(gain: Any, trust: Any, tikhonov: Any, beta1: Any) -> None:
     """Check what can be changed between steps."""
     if not math.isfinite(number("gain", gain)):
         raise ValueError(f"DDPNOpt: gain={gain!r} must be finite")
     if trust is not None and not 0.0 < number("trust", trust) < math.inf:
         raise ValueError(f"DDPNOpt: trust={trust!r} must be positive, or None for no clip")
+    if not 0.0 <= number("tikhonov", tikhonov) < math.inf:
+        raise ValueError(f"DDPNOpt: tikhonov={tikhonov!r} must be finite and not negative")
+    if not 0.0 <= number("beta1", beta1) < 1.0:
+        raise ValueError(f"DDPNOpt: beta1={beta1!r} must be in [0, 1)")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...], note: str = "") -> None:

@@ -20,9 +20,10 @@ from ddpn_fx.passes import loss as losses
 from ddpn_fx.passes.derive import Twin
 from ddpn_fx.passes.gamma import Gamma, Gammas
 from ddpn_fx.passes.ir import Chain, Stage
-from ddpn_fx.passes.linearize import pullback, real
+from ddpn_fx.passes.linearize import pullback
 from ddpn_fx.passes.metric import Metric, Moment, sites
 from ddpn_fx.passes.mode import Hyper, Mode, slots_of, state_key
+from ddpn_fx.passes.numeric import real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.simulate import Trajectory
@@ -86,16 +87,14 @@ def backward(
         state: the optimiser state by key (:func:`ddpn_fx.passes.mode.state_key`).
     """
     trained = [p for names in controls for p in names]
-    result = _terminal(chain, mode, Gammas(chain, trajectory.parameters, trained, batch), batch, trajectory)
-    _pull(chain, trajectory, result.seeds, result.gammas, hold=mode.feedback, states=result.states)
-    if not mode.feedback:
-        if mode.preconditioner is not None:
-            metrics = _Metrics(chain, mode, trajectory, result, hyper, state)
-            for stage in chain.stages:
-                metrics.make(stage, controls[stage.index], result.weight)
-        return result
-    _solve(chain, mode, controls, trajectory, result, hyper, state)
-    return result
+    linear = _terminal(chain, mode, Gammas(chain, trajectory.parameters, trained, batch), batch, trajectory)
+    _pull(chain, trajectory, linear.seeds, linear.gammas, hold=mode.feedback, states=linear.states)
+    recursion = _Recursion(chain, mode, controls, trajectory, linear, hyper, state)
+    if mode.feedback:
+        recursion.closed_loop()
+    else:
+        recursion.open_loop()
+    return linear
 
 
 def exact(chain: Chain, trajectory: Trajectory, linear: Linearization, omega: Tensor, last_stage: int) -> Gammas:
@@ -162,118 +161,116 @@ def _terminal(chain: Chain, mode: Mode, gammas: Gammas, batch: int, trajectory: 
         )
 
 
-class _Metrics:
-    """Makes the metric of each parameter, stage by stage, into ``linear.metrics`` and ``linear.metric_state``."""
+class _Recursion:
+    """Fills a linearization from the last stage to the first: metrics, K_t and v_t, policies."""
 
     def __init__(
         self,
         chain: Chain,
         mode: Mode,
+        controls: Sequence[Sequence[str]],
         trajectory: Trajectory,
         linear: Linearization,
         hyper: Hyper,
         state: Mapping[str, Tensor],
     ) -> None:
-        self.chain, self.mode, self.trajectory, self.linear, self.hyper = chain, mode, trajectory, linear, hyper
-        self.state, self.sites = state, sites(chain, trajectory.parameters.params)
+        self.chain, self.mode, self.controls, self.trajectory = chain, mode, controls, trajectory
+        self.linear, self.hyper, self.state = linear, hyper, state
+        self.params = trajectory.parameters.params
+        self.sites = {} if mode.preconditioner is None else sites(chain, self.params)
         self.group = dict(mode.group)
         self._exact: tuple[Tensor, Gammas] | None = None
 
-    def make(self, stage: Stage, names: Sequence[str], b: Tensor) -> None:
+    def open_loop(self) -> None:
+        """Q_ux = 0: the metrics alone."""
+        for stage in self.chain.stages:
+            self._metrics(stage, self.linear.weight)
+
+    def closed_loop(self) -> None:
+        """Stage by stage from the last one; with one solve for all at the end where they fold."""
+        mode, linear = self.mode, self.linear
+        row = self._row()
+        weighted = linear.blocks.merge(linear.terminal.b) * linear.weight
+        for stage in reversed(self.chain.stages):
+            if mode.preconditioner is not None and mode.preconditioner.moments == "value":
+                weighted = linear.blocks.merge(row.b) * linear.weight
+            self._metrics(stage, weighted)
+            gram, decay = self._gram(stage)
+            linear.grams.insert(0, gram)
+            linear.decay.insert(0, decay)
+            if mode.fold:
+                continue
+            with origin({"role": "solve", "stage": stage.index}):
+                linear.policies.insert(0, row.step(gram, decay))
+                if mode.tikhonov and stage.index:
+                    z = _columns_of(linear.states[stage.index], linear)
+                    row.regularize(self.hyper.tikhonov * bellman.projection(z, linear.blocks))
+        if mode.fold:
+            with origin({"role": "solve"}):
+                linear.folded = bellman.folded(linear.grams, linear.decay, linear.terminal)
+        elif row.clamps is not None:
+            linear.clamps = row.clamps if linear.clamps is None else linear.clamps + row.clamps
+
+    def _row(self) -> bellman.Row:
+        if self.mode.quu == "preconditioner":
+            return bellman.PreconditionerRow(self.linear.terminal)
+        return (bellman.ExplicitGaussNewton if self.mode.tikhonov else bellman.GaussNewton)(self.linear.terminal)
+
+    def _decays(self, name: str) -> bool:
+        """Whether a parameter has weight decay inside the recursion."""
+        return self.mode.decay[self.group[name]] and not self.mode.decoupled
+
+    def _metrics(self, stage: Stage, b: Tensor) -> None:
         """The metrics of a stage's parameters from V_x = Z b, b weighted: (B, R)."""
         preconditioner, linear = self.mode.preconditioner, self.linear
-        assert preconditioner is not None
+        if preconditioner is None:
+            return
         # Of the sample's own loss: b counts each sample by its share of the batch's loss.
         own = b * linear.blocks.batch
-        for gamma, whole in self._with_directions(stage, names, b):
-            with origin({"role": "metric", "stage": stage.index, "module_path": gamma.name}):
-                g = self.group[gamma.name]
-                value = self.trajectory.parameters.params[gamma.name]
+        for gamma, whole in self._with_directions(stage, b):
+            name = gamma.name
+            with origin({"role": "metric", "stage": stage.index, "module_path": name}):
+                value = self.params[name]
                 direction = whole.to(value.dtype)
-                if self.mode.decay[g] and not self.mode.decoupled:
-                    direction = direction + self.hyper.weight_decay[g] * value
-                moment = Moment(
-                    self.sites[gamma.name], gamma, direction, own, self.state["step"] + 1, linear.gammas.dtype
-                )
-                kept = slots_of(gamma.name, self.state)
-                linear.metrics[gamma.name], new = preconditioner.metric(moment, kept)
-                linear.metric_state.update({state_key(slot, gamma.name): t for slot, t in new.items()})
+                if self._decays(name):
+                    direction = direction + self.hyper.weight_decay[self.group[name]] * value
+                moment = Moment(self.sites[name], gamma, direction, own, self.state["step"] + 1, linear.gammas.dtype)
+                linear.metrics[name], new = preconditioner.metric(moment, slots_of(name, self.state))
+                linear.metric_state.update({state_key(slot, name): t for slot, t in new.items()})
 
-    def _with_directions(self, stage: Stage, names: Sequence[str], b: Tensor) -> Iterator[tuple[Gamma, Tensor]]:
+    def _with_directions(self, stage: Stage, b: Tensor) -> Iterator[tuple[Gamma, Tensor]]:
         """Each parameter's Gamma with Gamma b, through the batch statistics where there are any."""
-        linear = self.linear
+        linear, names = self.linear, self.controls[stage.index]
         if not (self.chain.has_statistics and self.mode.feedback):
             for gamma in linear.gammas.of(names):
                 yield gamma, gamma.contract(b)
             return
         if self._exact is None or self._exact[0] is not b:
+            assert self.mode.preconditioner is not None
             first = 0 if self.mode.preconditioner.moments == "gradient" else stage.index
             self._exact = b, exact(self.chain, self.trajectory, linear, b, first)
         for gamma, through in zip(linear.gammas.of(names), self._exact[1].of(names), strict=True):
             yield gamma, through.contract(torch.ones_like(b[:, :1]))
 
-
-def _gram(
-    mode: Mode, names: Sequence[str], stage: Stage, trajectory: Trajectory, result: Linearization, hyper: Hyper
-) -> tuple[Tensor, Tensor | None]:
-    """eta K_t and v_t of one stage."""
-    blocks = result.blocks
-    gram: Tensor | None = None
-    decay: Tensor | None = None
-    group = dict(mode.group)
-    for gamma in result.gammas.of(names):
-        g, metric = group[gamma.name], result.metrics.get(gamma.name)
-        with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
-            term = hyper.lr[g] * gamma.gram(blocks, metric).to(result.gammas.dtype)
-            gram = term if gram is None else gram + term
-            if mode.decay[g] and not mode.decoupled:
-                value = trajectory.parameters.params[gamma.name]
-                inner = gamma.inner(value if metric is None else metric.solve(value).to(value.dtype))
-                assert inner is not None
-                term = blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * inner.to(result.gammas.dtype))
-                decay = term if decay is None else decay + term
-    if gram is None:
-        gram = result.weight.new_zeros(blocks.count, blocks.size, blocks.size)
-    return gram, decay
-
-
-def _solve(
-    chain: Chain,
-    mode: Mode,
-    controls: Sequence[Sequence[str]],
-    trajectory: Trajectory,
-    result: Linearization,
-    hyper: Hyper,
-    state: Mapping[str, Tensor],
-) -> None:
-    """From the last stage to the first: the metric, K_t and v_t, the policy; or one solve for all."""
-    row: bellman.PreconditionerRow | bellman.GaussNewton | bellman.ExplicitGaussNewton
-    if mode.quu == "preconditioner":
-        row = bellman.PreconditionerRow(result.terminal)
-    else:
-        row = (bellman.ExplicitGaussNewton if mode.tikhonov else bellman.GaussNewton)(result.terminal)
-    metrics = None if mode.preconditioner is None else _Metrics(chain, mode, trajectory, result, hyper, state)
-    weighted = result.blocks.merge(result.terminal.b) * result.weight
-    for stage in reversed(chain.stages):
-        if metrics is not None:
-            if metrics.mode.preconditioner.moments == "value":
-                weighted = result.blocks.merge(row.b) * result.weight
-            metrics.make(stage, controls[stage.index], weighted)
-        gram, decay = _gram(mode, controls[stage.index], stage, trajectory, result, hyper)
-        result.grams.insert(0, gram)
-        result.decay.insert(0, decay)
-        if not mode.fold:
-            with origin({"role": "solve", "stage": stage.index}):
-                result.policies.insert(0, row.step(gram, decay))
-                if mode.tikhonov and stage.index:
-                    assert not isinstance(row, bellman.GaussNewton)
-                    z = _columns_of(result.states[stage.index], result)
-                    row.regularize(hyper.tikhonov * bellman.projection(z, result.blocks))
-    if mode.fold:
-        with origin({"role": "solve"}):
-            result.folded = bellman.folded(result.grams, result.decay, result.terminal)
-    elif row.clamps is not None:
-        result.clamps = row.clamps if result.clamps is None else result.clamps + row.clamps
+    def _gram(self, stage: Stage) -> tuple[Tensor, Tensor | None]:
+        """eta K_t and v_t of one stage."""
+        linear, hyper, blocks = self.linear, self.hyper, self.linear.blocks
+        gram: Tensor | None = None
+        decay: Tensor | None = None
+        for gamma in linear.gammas.of(self.controls[stage.index]):
+            g, metric = self.group[gamma.name], linear.metrics.get(gamma.name)
+            with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
+                term = hyper.lr[g] * gamma.gram(blocks, metric).to(linear.gammas.dtype)
+                gram = term if gram is None else gram + term
+                if self._decays(gamma.name):
+                    value = self.params[gamma.name]
+                    inner = gamma.inner(value if metric is None else metric.solve(value).to(value.dtype))
+                    assert inner is not None
+                    term = blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * inner.to(linear.gammas.dtype))
+                    decay = term if decay is None else decay + term
+        if gram is None:
+            gram = linear.weight.new_zeros(blocks.count, blocks.size, blocks.size)
+        return gram, decay
 
 
 def _columns_of(state: Mapping[fx.Node, Tensor], result: Linearization) -> Tensor:

@@ -117,24 +117,40 @@ def folded(
     return terminal.free + root * solve(factorize(total, root), root * rhs), total, shift
 
 
-class GaussNewton:
-    """The Gauss-Newton row, stage by stage from the last: one Cholesky solve a stage.
+class Row:
+    """A row of the table in DESIGN 2.2, stage by stage from the last.
 
     Attributes:
         b: (G, n), b_{t+1} before the step of stage t, b_t after it.
-        clamps: None: nothing is clamped.
+        clamps: 0-d, the eigenvalues clamped so far; None where nothing is clamped.
     """
 
     clamps: Tensor | None = None
 
     def __init__(self, terminal: Terminal) -> None:
-        self.terminal, self.b = terminal, terminal.b
+        self.b = terminal.b
+
+    def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
+        """The policy of the next stage towards the first, for its K (G, n, n) and v (G, n) or None."""
+        raise NotImplementedError
+
+    def regularize(self, term: Tensor) -> None:
+        """Add a (G, n, n) term to C_t, the C of the stage last stepped."""
+        raise NotImplementedError
+
+
+class GaussNewton(Row):
+    """The Gauss-Newton row by sums of K: one Cholesky solve a stage. C itself is never formed, so nothing is added."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(terminal)
+        self.terminal = terminal
         self.root = terminal.curved.sqrt()
         self.total: Tensor | None = None
         self.shift = torch.zeros_like(terminal.beta)
 
     def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
-        """The policy of the next stage towards the first, for its K and v."""
+        """One more K under the root."""
         terminal, root = self.terminal, self.root
         self.total = gram if self.total is None else self.total + gram
         self.shift = self.shift if decay is None else self.shift + decay
@@ -144,21 +160,18 @@ class GaussNewton:
         return Policy(self.b, factor, root)
 
 
-class PreconditionerRow:
-    """The preconditioner row, stage by stage from the last.
+class PreconditionerRow(Row):
+    """The preconditioner row, with C = E E^T carried as E."""
 
-    Attributes:
-        b: (G, n), b_{t+1} before the step of stage t, b_t after it.
-        clamps: 0-d, the eigenvalues clamped so far.
-    """
+    clamps: Tensor
 
     def __init__(self, terminal: Terminal) -> None:
-        self.b = terminal.b
+        super().__init__(terminal)
         self.root = torch.diag_embed(terminal.curved.sqrt())
-        self.clamps: Tensor = torch.zeros((), dtype=self.b.dtype, device=self.b.device)
+        self.clamps = torch.zeros((), dtype=self.b.dtype, device=self.b.device)
 
     def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
-        """The policy of the next stage towards the first, for its K and v."""
+        """``C_t = E max(I - H, 0) E^T``, ``b_t = b - C K b - C v``."""
         b, root = self.b, self.root
         matrix = root @ root.mT
         policy = Policy(b, matrix)
@@ -172,23 +185,17 @@ class PreconditionerRow:
         return policy
 
     def regularize(self, term: Tensor) -> None:
-        """Add a (G, n, n) term to C_t."""
+        """By the root of the sum."""
         values, vectors = _eigh(self.root @ self.root.mT + term)
         self.root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
 
 
-class ExplicitGaussNewton:
-    """The Gauss-Newton row with C itself carried along, which eps_V can be added to.
-
-    Attributes:
-        b: (G, n), b_{t+1} before the step of stage t, b_t after it.
-        clamps: None: nothing is clamped.
-    """
-
-    clamps: Tensor | None = None
+class ExplicitGaussNewton(Row):
+    """The Gauss-Newton row with C itself carried along, which eps_V can be added to."""
 
     def __init__(self, terminal: Terminal) -> None:
-        self.b, self.C = terminal.b, torch.diag_embed(terminal.curved)
+        super().__init__(terminal)
+        self.C = torch.diag_embed(terminal.curved)
 
     def step(self, gram: Tensor, decay: Tensor | None) -> Policy:
         """``C_t = (I + C K)^-1 C``, ``b_t = (I + C K)^-1 (b - C v)``."""
@@ -199,7 +206,7 @@ class ExplicitGaussNewton:
         return Policy(self.b, self.C)
 
     def regularize(self, term: Tensor) -> None:
-        """Add a (G, n, n) term to C_t."""
+        """By adding it."""
         self.C = self.C + term
 
 

@@ -25,10 +25,9 @@ from torch.export import Dim
 
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.exported import export
-from ddpn_fx.passes.objective import Captured, Objective, placeholder_values
-from ddpn_fx.passes.selfcheck import close, self_check
-
-__all__ = ["Captured", "Objective", "batch_size", "borrowed", "capture", "close", "placeholder_values"]
+from ddpn_fx.passes.guard import random_state
+from ddpn_fx.passes.objective import Captured, Objective
+from ddpn_fx.passes.selfcheck import self_check
 
 # Candidates for the traced batch size, the smallest that is no other dimension of the model wins.
 _TRACE_BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
@@ -129,9 +128,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     grads = {n: p.grad for n, p in model.named_parameters()}
     modes = {m: m.training for m in model.modules()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with random_state(model.parameters()):
             yield
     finally:
         with torch.no_grad():

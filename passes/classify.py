@@ -5,14 +5,13 @@ Kinds come from the graph alone (what a node depends on); where the batch lies i
 
 from __future__ import annotations
 
-from typing import Any
-
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.capture import Captured
 from ddpn_fx.passes.ir import Kind
+from ddpn_fx.passes.numeric import differentiable
+from ddpn_fx.passes.objective import Captured
 
 aten = torch.ops.aten
 
@@ -83,36 +82,21 @@ def mark_statistics(captured: Captured, found: dict[fx.Node, Kind]) -> None:
     operator) depends on: a loss's own mean over the batch is not a statistic.
     """
     graph = captured.module.graph
-    outputs: Any = next(n for n in graph.nodes if n.op == "output").args[0]
-    ends = [outputs[i] for i in captured.output_indices]
+    ends = [captured.outputs[i] for i in captured.output_indices]
     ends += [
         n for n, k in found.items() if k is Kind.CHAIN and any(found[a] is Kind.PARAMETER for a in n.all_input_nodes)
     ]
     flow = data_flow(graph)
     body = set().union(*(nx.ancestors(flow, n) for n in ends))
-    symbols = batch_symbols(captured)
     for node in graph.nodes:
         value = node.meta.get("val")
         if node not in body or found.get(node) is not Kind.CHAIN or not isinstance(value, Tensor):
             continue
-        batched = any(isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols for s in value.shape)
-        if not batched:
+        if not captured.batch_dimensions(value):
             found[node] = Kind.STATISTIC
 
 
 def has_gradient(node: fx.Node) -> bool:
     """Whether a node's value can carry a gradient: it is real or complex, not an index or a mask."""
     value = node.meta.get("val")
-    return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
-
-
-def batch_symbols(captured: Captured) -> set[Any]:
-    """The symbols that stand for the batch size in the graph's shapes."""
-    names = {n for n, b in zip(captured.inputs, captured.batched, strict=True) if b}
-    symbols: set[Any] = set()
-    for node in captured.module.graph.nodes:
-        if node.name in names and isinstance(node.meta.get("val"), Tensor):
-            size = node.meta["val"].shape[0]
-            if isinstance(size, torch.SymInt):
-                symbols |= size.node.expr.free_symbols
-    return symbols
+    return not isinstance(value, Tensor) or differentiable(value)

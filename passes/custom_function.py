@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from ddpn_fx.passes.errors import CaptureError
+from ddpn_fx.passes.numeric import differentiable
 
 Function = torch.autograd.Function
 
@@ -57,7 +58,7 @@ _calls: list[_Call] = []
 def _shapes(tensors: list[Tensor], sizes: list[int], call: int) -> list[Tensor]:
     """Shapes of the outputs, by the user's ``forward`` on fake tensors."""
     made = _calls[call]
-    made.outputs = _evaluate(made.function, made.forward, made.arguments(tensors, sizes), _Context(made.function))
+    made.outputs = _evaluate(made.function, made.forward, made.arguments(tensors, sizes))[0]
     # An operator's outputs are its own; a forward may return its input or a view of it.
     return [t.clone() for t in pytree.tree_leaves(made.outputs) if isinstance(t, Tensor)]
 
@@ -149,12 +150,11 @@ class _Run:
         """The outputs, then the tensors that the backward reads."""
         own = iter(tensors)
         arguments = pytree.tree_unflatten([next(own) if isinstance(v, Tensor) else v for v in self.leaves], self.spec)
-        context = _Context(self.function, [isinstance(a, Tensor) and a.is_floating_point() for a in arguments])
-        out = _evaluate(self.function, self.function.forward, arguments, context)
+        out, context = _evaluate(self.function, self.function.forward, arguments)
         outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         self.outputs = len(outputs)
         self.undifferentiated = frozenset(
-            i for i, t in enumerate(outputs) if any(t is m for m in context.marked) or not _is_real(t)
+            i for i, t in enumerate(outputs) if any(t is m for m in context.marked) or not differentiable(t)
         )
         self.left, self.left_spec = pytree.tree_flatten(dict(vars(context)))
         # A view keeps an input that is returned or saved as it is from being taken for a modified one.
@@ -208,9 +208,8 @@ class _Differentiable(Function):
 class _Context:
     """The ``ctx`` that a user's ``forward`` and ``backward`` get: holds what they put on it."""
 
-    def __init__(self, function: type[Function], needs_input_grad: list[bool] | None = None) -> None:
-        if needs_input_grad is not None:
-            self.needs_input_grad = tuple(needs_input_grad)
+    def __init__(self, function: type[Function]) -> None:
+        self.needs_input_grad: tuple[bool, ...] = ()
         self.saved_tensors: tuple[Any, ...] = ()
         self.marked: tuple[Tensor, ...] = ()
         self._function_name = function.__qualname__
@@ -247,14 +246,18 @@ class _MaskedAssignment(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _evaluate(function: type[Function], forward: Callable[..., Any], arguments: Any, context: _Context) -> Any:
-    """The user's ``forward`` on a context, in the form with or without ``setup_context``."""
+def _evaluate(
+    function: type[Function], forward: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[Any, _Context]:
+    """The user's ``forward``, in the form with or without ``setup_context``: what it returned, and its context."""
+    context = _Context(function)
+    context.needs_input_grad = tuple(differentiable(a) for a in arguments)
     with _MaskedAssignment():
         if function.setup_context is Function.setup_context:
-            return forward(context, *arguments)
+            return forward(context, *arguments), context
         out = forward(*arguments)
         function.setup_context(context, arguments, out)
-        return out
+        return out, context
 
 
 def _recorder(function: type[Function], forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -282,7 +285,3 @@ def _classes(base: type[Function]) -> Iterator[type[Function]]:
 
 def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.memory_format))
-
-
-def _is_real(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()

@@ -29,12 +29,12 @@ from torch.fx.experimental.proxy_tensor import (
 )
 
 from ddpn_fx.passes.gamma import Gamma, Gammas
-from ddpn_fx.passes.ir import Chain, Kind, Stage
+from ddpn_fx.passes.ir import HELD, Chain, Kind, Stage
 from ddpn_fx.passes.linearize import DIFFERENTIATED, Cotangents, Env, Parameters, Tape, forward, pullback
 from ddpn_fx.passes.mode import Mode
 from ddpn_fx.passes.provenance import KEYS, label
 from ddpn_fx.passes.rules import Blocks
-from ddpn_fx.passes.structure import HELD, Structure, structures
+from ddpn_fx.passes.structure import Structure, structures
 
 Copies = dict[fx.Node, fx.Node]
 

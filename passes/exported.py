@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from ddpn_fx.passes.custom_function import kept, restore
 from ddpn_fx.passes.errors import CaptureError
+from ddpn_fx.passes.numeric import differentiable
 from ddpn_fx.passes.objective import Objective
 from ddpn_fx.passes.provenance import is_library
 from ddpn_fx.passes.recurrent import decompositions, separate_layers
@@ -145,7 +146,7 @@ def detach_no_grad(module: fx.GraphModule) -> None:
             value = out.meta.get("val")
             if out.target is not operator.getitem or not isinstance(value, Tensor):
                 continue
-            if not (value.is_floating_point() or value.is_complex()):
+            if not differentiable(value):
                 continue
             with graph.inserting_after(out):
                 detached = graph.call_function(torch.ops.aten.detach.default, (out,))

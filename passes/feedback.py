@@ -16,8 +16,9 @@ from ddpn_fx.passes import bellman
 from ddpn_fx.passes.backward import Linearization, exact
 from ddpn_fx.passes.gamma import Gammas
 from ddpn_fx.passes.ir import Chain, Kind, Stage
-from ddpn_fx.passes.linearize import Env, Parameters, forward, real
+from ddpn_fx.passes.linearize import Env, Parameters, forward
 from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode, state_key
+from ddpn_fx.passes.numeric import real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory
 

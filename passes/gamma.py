@@ -18,8 +18,9 @@ from torch import Tensor, fx
 
 from ddpn_fx.passes.ir import Chain, ParamUse, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, rules
+from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.rules import Blocks, Rule
-from ddpn_fx.passes.rules.base import accumulate_dtype, gram_matrix, product_gram
+from ddpn_fx.passes.rules.base import gram_matrix, product_gram
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Gamma:
         if metric is not None:
             factors = None if metric.sides is None else self.factors(blocks)
             if factors is not None:
-                (x, h), (rows, columns) = factors, metric.sides
+                x, h = (t.to(accumulate_dtype(t.dtype)) for t in factors)
+                rows, columns = metric.sides
                 return product_gram(columns(x), rows(h), blocks)
             return gram_matrix(blocks.matrix(metric.whiten(self.columns())))
         if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import fx
 
-from ddpn_fx.passes.capture import Captured
 from ddpn_fx.passes.log import PassRecord
+from ddpn_fx.passes.objective import Captured
 
 
 class Kind(enum.Enum):
@@ -29,6 +29,9 @@ class Kind(enum.Enum):
     NOISE = "noise"  # drawn once in the simulation and replayed by the rollout, no derivative
     STATISTIC = "statistic"  # made from the whole batch (a batch norm's mean): held while samples' columns are pulled
     CHAIN = "chain"  # the state's path: depends on data and controls
+
+
+HELD = (Kind.NOISE, Kind.STATISTIC)  # what the simulation makes and later passes over a stage do not make anew
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.capture import placeholder_values
 from ddpn_fx.passes.errors import StagingError
-from ddpn_fx.passes.ir import Chain, Kind, ParamUse, Stage
+from ddpn_fx.passes.ir import HELD, Chain, Kind, ParamUse, Stage
+from ddpn_fx.passes.numeric import differentiable
+from ddpn_fx.passes.objective import placeholder_values
 from ddpn_fx.passes.provenance import describe, label, origin
 from ddpn_fx.passes.rules import Rule, rule_by_name
 from ddpn_fx.passes.rules.base import vjp
@@ -103,16 +104,6 @@ def call(node: fx.Node, lookup: Callable[[fx.Node], Any]) -> Any:
     return node.target(*fx.node.map_arg(node.args, lookup), **fx.node.map_arg(node.kwargs, lookup))
 
 
-def differentiable(value: Any) -> bool:
-    """Whether a value is a real or complex tensor."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def real(t: Tensor) -> Tensor:
-    """A complex tensor as pairs of real numbers: the inner product of cotangent and displacement is real."""
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
 def context(chain: Chain, buffers: Mapping[str, Tensor], leaves: list[Any], params: Mapping[str, Tensor]) -> Env:
     """Values of every context node: data, constants, sizes, masks, frozen parameters."""
     env: Env = {}
@@ -164,7 +155,7 @@ def forward(
         return env[n] if n in env else parameters[n]
 
     for node in nodes:
-        if chain.kinds[node] in (Kind.NOISE, Kind.STATISTIC) and node in env:
+        if chain.kinds[node] in HELD and node in env:
             continue
         with origin(label(node, stage, role)):
             sources = _sources(chain, node, env) if tape is not None and chain.kinds[node] in DIFFERENTIATED else []

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ddpn_fx.passes.capture import placeholder_values
 from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.ir import Chain, Kind
 from ddpn_fx.passes.linearize import Env, call
+from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.objective import placeholder_values
 from ddpn_fx.passes.provenance import describe
-from ddpn_fx.passes.rules.base import accumulate_dtype, vjp
+from ddpn_fx.passes.rules.base import vjp
 
 aten = torch.ops.aten
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}

@@ -23,11 +23,11 @@ from ddpn_fx.passes.derive import NotSharedError, Sharing, shared
 from ddpn_fx.passes.functional import make_functional
 from ddpn_fx.passes.fuse import fuse
 from ddpn_fx.passes.guard import random_state
+from ddpn_fx.passes.ir import HELD
 from ddpn_fx.passes.log import PassRecord, log, op_counts, timed
 from ddpn_fx.passes.mode import STATISTICS, Hyper
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.provenance import KEYS, origin
-from ddpn_fx.passes.verify import HELD
 
 aten = torch.ops.aten
 

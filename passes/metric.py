@@ -95,7 +95,8 @@ class Moment:
         site: the parameter.
         gamma: its Gamma.
         direction: Q_u (with l_u), of the parameter's shape.
-        coefficient: (B, R): V_x of sample i is ``sum_c coefficient[i, c] Z[i, c]``, of the sample's own loss.
+        coefficient: (B, R): V_x of sample i is ``sum_c coefficient[i, c] Z[i, c]``, of the sample's own loss (B times
+            its share of the batch's loss, which is taken for a mean).
         step: 0-d, how many steps there were with this one.
         dtype: what moments are kept in: float32, or float64 for a float64 model.
     """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -91,6 +92,27 @@ class Captured:
     batch: int
     batched: list[bool]
     reference: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> Sequence[fx.Node]:
+        """The nodes that the graph returns."""
+        return cast(Sequence[fx.Node], self.module.graph.output_node().args[0])
+
+    @cached_property
+    def batch_symbols(self) -> frozenset[Any]:
+        """The symbols that stand for the batch size in the graph's shapes."""
+        names = {n for n, b in zip(self.inputs, self.batched, strict=True) if b}
+        leaves = [n.meta.get("val") for n in self.module.graph.find_nodes(op="placeholder") if n.name in names]
+        sizes: list[Any] = [t.shape[0] for t in leaves if isinstance(t, Tensor)]
+        return frozenset().union(*(s.node.expr.free_symbols for s in sizes if isinstance(s, torch.SymInt)))
+
+    def batch_dimensions(self, value: Tensor) -> list[int]:
+        """The dimensions of a traced value that count the batch."""
+        return [
+            d
+            for d, size in enumerate(value.shape)
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & self.batch_symbols
+        ]
 
 
 def placeholder_values(

@@ -17,13 +17,15 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.capture import Captured, close, placeholder_values
-from ddpn_fx.passes.classify import batch_symbols, data_flow
+from ddpn_fx.passes.classify import data_flow
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.guard import random_state
-from ddpn_fx.passes.ir import Kind, Layout
+from ddpn_fx.passes.ir import HELD, Kind, Layout
 from ddpn_fx.passes.linearize import attribute
+from ddpn_fx.passes.numeric import differentiable
+from ddpn_fx.passes.objective import Captured, placeholder_values
 from ddpn_fx.passes.provenance import describe
+from ddpn_fx.passes.selfcheck import close
 
 Values = dict[fx.Node, Any]
 
@@ -65,9 +67,8 @@ def probe(
         runs += _changed_runs(captured, other, random, buffers, kind, generator)
     sizes = {n: tuple(v.shape) for n, v in base.items() if isinstance(v, Tensor)}
     result = Probe(kind, sizes, _expected(captured, sizes))
-    outputs: Any = next(n for n in captured.module.graph.nodes if n.op == "output").args[0]
     indices = captured.output_indices if captured.loss_index is None else [captured.loss_index]
-    ends = [outputs[i] for i in indices]
+    ends = [captured.outputs[i] for i in indices]
     judged = set(ends).union(*(nx.ancestors(data_flow(captured.module.graph), n) for n in ends))
     for node in sizes:
         is_judged = node in judged and kind[node] is Kind.CHAIN
@@ -97,9 +98,8 @@ def _tiled(captured: Captured, node: fx.Node, dim: int) -> bool:
     source, counts = cast(fx.Node, node.args[0]), cast(Sequence[Any], node.args[1])
     count = counts[dim]
     value = count.meta.get("val") if isinstance(count, fx.Node) else None
-    symbols = batch_symbols(captured)
-    shape = [n.node.expr for n in source.meta["val"].shape if isinstance(n, torch.SymInt)]
-    counts_batch = any(e.free_symbols & symbols for e in shape)
+    symbols = captured.batch_symbols
+    counts_batch = bool(captured.batch_dimensions(source.meta["val"]))
     return isinstance(value, torch.SymInt) and value.node.expr in symbols and not counts_batch
 
 
@@ -154,7 +154,7 @@ def evaluate(
 
 
 def _as_held(node: fx.Node, env: Values, held: Values, kind: dict[fx.Node, Kind]) -> bool:
-    if kind[node] in (Kind.NOISE, Kind.STATISTIC):
+    if kind[node] in HELD:
         return True
     return not _draws(node) and all(env[a] is held[a] for a in node.all_input_nodes)
 
@@ -184,7 +184,7 @@ def _with_changed_sample(leaf: Tensor, sample: int, generator: torch.Generator) 
     """One sample changed in every element: floats move, integers and flags take other values of the batch's range."""
     leaf = leaf.clone()
     own = leaf[sample]
-    if leaf.is_floating_point() or leaf.is_complex():
+    if differentiable(leaf):
         scale = leaf.abs().mean() + 1e-3
         leaf[sample] = own + scale * torch.randn(own.shape, generator=generator, dtype=torch.float64).to(leaf)
         return leaf
@@ -197,7 +197,7 @@ def _with_changed_sample(leaf: Tensor, sample: int, generator: torch.Generator) 
 
 
 def _randomised(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    if not (parameter.is_floating_point() or parameter.is_complex()):
+    if not differentiable(parameter):
         return parameter
     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
     return parameter + (0.1 + parameter.abs().mean()) * noise.to(parameter.dtype)
@@ -205,15 +205,12 @@ def _randomised(parameter: Tensor, generator: torch.Generator) -> Tensor:
 
 def _expected(captured: Captured, sizes: dict[fx.Node, Any]) -> dict[fx.Node, Layout]:
     """The dimension that counts the batch, in each tensor node whose shape has it exactly once."""
-    symbols = batch_symbols(captured)
     found: dict[fx.Node, Layout] = {}
     for node in captured.module.graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or node not in sizes:
             continue
-        dims = [
-            d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols
-        ]
+        dims = captured.batch_dimensions(value)
         if len(dims) == 1 and sizes[node][dims[0]] % captured.batch == 0:
             found[node] = Layout(dims[0], sizes[node][dims[0]] // captured.batch)
     return found
@@ -241,7 +238,7 @@ class Differences:
         if torch.equal(before, after):
             return None
         other = [d for d in range(before.dim()) if d != dim]
-        if not (before.is_floating_point() or before.is_complex()):
+        if not differentiable(before):
             differs = (before != after).double()
             return cls(sample, _most(differs, other), torch.zeros(before.shape[dim], dtype=torch.float64), 0.0)
         tolerance = 1e3 * torch.finfo(before.dtype).eps
@@ -289,8 +286,7 @@ def _check_rewrites(captured: Captured, values: Values, kind: dict[fx.Node, Kind
     """The normal form's outputs against the captured graph's, where nothing is drawn at random."""
     if any(_draws(n) for n in kind):
         return
-    outputs: Any = next(n for n in captured.module.graph.nodes if n.op == "output").args[0]
-    for node, want in zip(outputs, captured.reference, strict=True):
+    for node, want in zip(captured.outputs, captured.reference, strict=True):
         if want is not None and isinstance(node, fx.Node) and not close(want, values[node]):
             raise CaptureError(
                 f"ddpn_fx.compile: the normal form computes another value of {describe(node)} than the model"

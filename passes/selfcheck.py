@@ -10,9 +10,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from ddpn_fx.passes.errors import CaptureError
+from ddpn_fx.passes.numeric import differentiable
 from ddpn_fx.passes.objective import Captured, Objective, placeholder_values
-
-aten = torch.ops.aten
 
 
 def self_check(objective: Objective, captured: Captured, spec: Any) -> None:
@@ -90,7 +89,7 @@ def close(a: Tensor | None, b: Tensor | None) -> bool:
         return other is None or not bool(other.detach().any())
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    eps = torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0.0
+    eps = torch.finfo(a.dtype).eps if differentiable(a) else 0.0
     finite = a.detach().abs()[a.isfinite()]
     scale = float(finite.max()) if finite.numel() else 0.0
     return bool(

@@ -85,8 +85,7 @@ def simulate(
 
 def new_buffers(chain: Chain, trajectory: Trajectory) -> dict[str, Tensor]:
     """New values of the buffers that the model's forward pass updates, by name: once, from the simulation."""
-    outputs: Any = next(n for n in chain.graph.nodes if n.op == "output").args[0]
-    wanted: dict[str, fx.Node] = {name: outputs[i] for name, i in chain.captured.mutations.items()}
+    wanted: dict[str, fx.Node] = {name: chain.captured.outputs[i] for name, i in chain.captured.mutations.items()}
     missing: set[fx.Node] = set()
     stack = [n for n in wanted.values() if n not in trajectory.env]
     while stack:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes import classify
-from ddpn_fx.passes.capture import Captured
 from ddpn_fx.passes.errors import StagingError
-from ddpn_fx.passes.ir import Chain, Kind, Layout, ParamUse, Stage
+from ddpn_fx.passes.ir import HELD, Chain, Kind, Layout, ParamUse, Stage
+from ddpn_fx.passes.objective import Captured
 from ddpn_fx.passes.probe import Probe, probe
 from ddpn_fx.passes.provenance import describe
 from ddpn_fx.passes.rules import rule_for
@@ -32,7 +32,7 @@ KNOWN_LOSSES = (
     aten.binary_cross_entropy_with_logits.default,
 )
 
-_WALKED = (Kind.CHAIN, Kind.NOISE, Kind.STATISTIC)
+_WALKED = (Kind.CHAIN, *HELD)
 
 # Operators that only move the elements of one tensor: Grams of gradients pass through them unchanged.
 _MOVES = {
@@ -69,7 +69,7 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
     kind = classify.kinds(captured, trainable)
     probed = probe(captured, params, buffers, kind)
     sizes, layouts, mixing = probed.sizes, probed.layouts, probed.mixing
-    outputs = cast(Sequence[fx.Node], next(n for n in graph.nodes if n.op == "output").args[0])
+    outputs = captured.outputs
     loss = outputs[captured.loss_index] if captured.loss_index is not None else None
     marks = [outputs[i] for i in captured.output_indices]
     flow = classify.data_flow(graph)

@@ -16,10 +16,8 @@ import torch
 from torch import fx
 
 from ddpn_fx.passes.fuse import freeze
-from ddpn_fx.passes.ir import Chain, Kind, Stage
+from ddpn_fx.passes.ir import HELD, Chain, Kind, Stage
 from ddpn_fx.passes.provenance import label
-
-HELD = (Kind.NOISE, Kind.STATISTIC)
 
 
 @dataclass

@@ -18,10 +18,8 @@ from torch import fx
 
 from ddpn_fx.passes.classify import has_gradient
 from ddpn_fx.passes.errors import StagingError
-from ddpn_fx.passes.ir import Chain, Kind, Layout
+from ddpn_fx.passes.ir import HELD, Chain, Kind, Layout
 from ddpn_fx.passes.provenance import describe
-
-HELD = (Kind.NOISE, Kind.STATISTIC)
 
 
 def verify(chain: Chain) -> Chain:

@@ -52,8 +52,14 @@ def assert_sgd(model, inputs, target, loss=F.cross_entropy, seed=3, **options):
 
 
 def closed_loop(net, inputs, target):
-    """A step of the default form, which needs every rule; its loss must be finite."""
-    assert torch.isfinite(ddpn_fx.DDPNOpt(net, lr=0.5).train_step(inputs, target))
+    """A step of the default form, which needs every rule: it is taken, and moves every parameter by a finite amount."""
+    before = [p.detach().clone() for p in net.parameters()]
+    opt = ddpn_fx.DDPNOpt(net, lr=0.5)
+    assert torch.isfinite(opt.train_step(inputs, target))
+    assert not opt.stats["skipped"]
+    for old, new in zip(before, net.parameters(), strict=True):
+        assert torch.isfinite(new).all()
+        assert not torch.equal(old, new)
 
 
 def data(*shape, batch=6, classes=3):
@@ -74,6 +80,20 @@ class Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return ctx.change(ctx.scale * g), None, None
+
+
+class AsNeeded(torch.autograd.Function):
+    """What forward leaves for backward depends on what is needed."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(*((x, y) if all(ctx.needs_input_grad) else ()))
+        return x * y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        return g * y, 2 * g * x
 
 
 class InPlace(torch.autograd.Function):
@@ -115,6 +135,12 @@ def test_a_custom_gradient_is_kept_with_its_arguments():
 def test_a_custom_function_may_return_a_tuple_of_one():
     x, y = data(3)
     net = assert_sgd(two_layers(lambda h: OfThePair.apply(h, h.flip(-1))[0]), (x,), y)
+    closed_loop(net, x, y)
+
+
+def test_a_custom_function_may_ask_in_forward_what_is_needed():
+    x, y = data(3)
+    net = assert_sgd(two_layers(lambda h: AsNeeded.apply(h, h.flip(-1))), (x,), y)
     closed_loop(net, x, y)
 
 

@@ -477,7 +477,30 @@ def test_gain_and_trust_change_between_steps():
     assert_equal(dict(net.named_parameters()), oracle_step(params, x, y, lr=2.0, gain=0.5).params, 1e-9)
 
 
-@pytest.mark.parametrize(("name", "value"), [("gain", math.nan), ("trust", -1.0), ("trust", math.nan)])
+def test_tikhonov_and_beta1_change_between_steps():
+    """From 0 and back: each is another program, and the right one."""
+    net = scheduled()
+    params = {n: p.detach().clone() for n, p in net.named_parameters()}
+    opt = ddpn_fx.DDPNOpt(net, lr=2.0)
+    for step, tikhonov in enumerate([0.0, 0.1, 0.02, 0.0]):
+        opt.tikhonov = tikhonov
+        (x,), y = CASE.sample(4, step)
+        params = oracle_step(params, x, y, lr=2.0, tikhonov=tikhonov).params
+        opt.train_step(x, y)
+        assert_equal(dict(net.named_parameters()), params, 1e-9)
+    assert len(set(map(id, opt._programs.values()))) == 2
+    (x,), y = CASE.sample(4, 9)
+    opt.beta1 = 0.9  # the first average is the direction itself
+    want = oracle_step(params, x, y, lr=2.0).params
+    opt.train_step(x, y)
+    assert_equal(dict(net.named_parameters()), want, 1e-9)
+    assert all("exp_avg" in opt.state[p] for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("gain", math.nan), ("trust", -1.0), ("trust", math.nan), ("tikhonov", -1.0), ("beta1", 1.0)],
+)
 def test_gain_and_trust_are_checked_when_they_change(name, value):
     opt = ddpn_fx.DDPNOpt(compiled(), trust=1.0)
     opt.train_step(*batch())

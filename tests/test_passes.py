@@ -27,12 +27,13 @@ from torch import Tensor, fx, nn
 
 import ddpn_fx
 from ddpn_fx.passes import Chain, build_chain, verify
-from ddpn_fx.passes.capture import capture, placeholder_values
+from ddpn_fx.passes.capture import capture
 from ddpn_fx.passes.errors import CaptureError, StagingError
 from ddpn_fx.passes.fuse import drop_idle_views, fuse, share
 from ddpn_fx.passes.ir import HOW, Kind, Layout
 from ddpn_fx.passes.log import PassRecord, op_counts
 from ddpn_fx.passes.normalize import normalize
+from ddpn_fx.passes.objective import placeholder_values
 from ddpn_fx.passes.provenance import module_path, source_line
 from ddpn_fx.passes.rules import RULES
 from ddpn_fx.passes.rules.linear import Linear

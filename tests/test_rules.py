@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from ddpn_fx.passes import Chain, build_chain
-from ddpn_fx.passes.capture import placeholder_values
 from ddpn_fx.passes.linearize import Parameters, Tape, context, forward, pullback, rules
+from ddpn_fx.passes.objective import placeholder_values
 from ddpn_fx.passes.rules import RULES, Blocks, Rule, rule_by_name
 from ddpn_fx.passes.rules import base as rules_base
 from ddpn_fx.passes.rules import convolution as rules_convolution

@@ -1,7 +1,11 @@
 """Metrics from the second moments of inputs and cotangents: KFAC and EKFAC.
 
 A weight that is used once, as products of rows and columns, has a factor for either side; S groups of a convolution
-have a pair each. Any other parameter has the second moments of the samples' own Q_u.
+have a pair each. Any other parameter has the second moments of the samples' own Q_u, of more than one dimension their
+diagonal alone: a weight that is tied, recurrent, served by the generic rule, or used transposed (``x @ W``).
+
+Moments are those of one sample's own loss, as the loss is a mean over the batch; under a sum they grow by B squared,
+and damping is small beside them.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from ddpn_fx.preconditioners.base import Base, Elementwise
 class Kronecker(Base):
     """M = (A + pi sqrt(damping) I) (x) (G + sqrt(damping) / pi I), A = E[x x^T], G = E[V_h V_h^T]: KFAC, damped.
 
-    For weights of linear layers, convolutions (a factor pair a group) and embeddings (A is diagonal: the counts). A
-    parameter of one dimension has its own E[d_i d_i^T], any other its diagonal. pi^2 is the ratio of the mean
-    eigenvalues (Martens and Grosse 2015). A side with more than ``max_size`` elements has its diagonal alone.
+    For weights of linear layers, convolutions (a factor pair a group) and embeddings (G, the side of the indices, is
+    diagonal: their counts). A parameter of one dimension has its own E[d_i d_i^T], any other its diagonal. pi^2 is the
+    ratio of the mean eigenvalues (Martens and Grosse 2015). A side with more than ``max_size`` elements has its
+    diagonal alone.
 
     Args:
         decay: of the moving averages (bias-corrected).
@@ -76,14 +81,14 @@ class Kronecker(Base):
 class EigenKronecker(Base):
     """M = U diag(s + damping) U^T, U the eigenbases of KFAC's factors, s the second moments in them: EKFAC.
 
-    s is averaged in every step; the bases are renewed after the first step and after every ``refresh`` steps, outside
-    the compiled step (George et al. 2018); until then they are the identity. Parameters without factors as
+    s is averaged in every step; the bases are renewed after the first step and after every ``refresh_every`` steps,
+    outside the compiled step (George et al. 2018); until then they are the identity. Parameters without factors as
     :class:`Kronecker`.
 
     Args:
         decay: of the moving averages (bias-corrected).
         damping: added to s.
-        refresh: steps between two eigendecompositions.
+        refresh_every: steps between two eigendecompositions.
         max_size: largest side with a basis; a larger one keeps its coordinates.
         moments: as :class:`Diagonal`'s.
     """
@@ -124,7 +129,7 @@ class EigenKronecker(Base):
         rotation = _Rotation(bases, moment.site)
         rotated = rotation.into(moment.samples)
         new["s"] = state["s"] * self.decay + (1 - self.decay) * (rotated * rotated).mean(0)
-        return _Rotated(rotation, new["s"] / correction + self.damping), {**new, **bases}
+        return _Rotated(rotation, new["s"] / correction + self.damping), new
 
     def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
         """Renew the bases; s is carried over as far as its diagonal goes."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.ir import Layout
-from ddpn_fx.passes.rules.base import Rule, accumulate_dtype, batch_first
+from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.rules.base import Rule, batch_first
 
 aten = torch.ops.aten
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ddpn_fx.passes.ir import Layout
+from ddpn_fx.passes.numeric import accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,6 @@ class Blocks:
     def merge(self, t: Tensor) -> Tensor:
         """(G, n) -> (B, R)."""
         return t.reshape(-1, self.columns)[: self.batch]
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of Grams, weights and policies: float32, or float64 for a float64 model."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:

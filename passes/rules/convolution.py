@@ -20,9 +20,7 @@ from ddpn_fx.passes.provenance import describe
 from ddpn_fx.passes.rules.base import (
     Blocks,
     Rule,
-    accumulate_dtype,
     batch_first,
-    gram_matrix,
     prefer_grams,
     product_gram,
     second_moment,
@@ -52,7 +50,7 @@ class Convolution(Rule):
     @property
     def groups(self) -> int:
         """S, the convolution's groups."""
-        return int(cast(int, self.node.args[6])) if len(self.node.args) > 6 else 1
+        return _groups(self.node)
 
     @cached_property
     def patches(self) -> Tensor:
@@ -92,9 +90,7 @@ class Convolution(Rule):
     @classmethod
     def product_groups(cls, node: fx.Node, argument: fx.Node) -> int:
         """The weight's columns are outer products in each group."""
-        if argument is not node.args[1]:
-            return 0
-        return int(cast(int, node.args[6])) if len(node.args) > 6 else 1
+        return _groups(node) if argument is node.args[1] else 0
 
     def product_moments(
         self, argument: fx.Node, coefficient: Tensor, diagonal: tuple[bool, bool]
@@ -105,20 +101,18 @@ class Convolution(Rule):
         return second_moment(h, diagonal[0]) / self.batch, second_moment(x, diagonal[1]) / x.shape[1]
 
     def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
-        """Patches and cotangents, where positions are few."""
-        (_, _, i, length), o = self.patches.shape, self.h.shape[3]
-        if self.groups != 1 or not prefer_grams(length, i, o, blocks.group, self.columns):
+        """Patches and cotangents of the weight, where positions are few."""
+        if self.groups != 1 or not self._is_weight(argument):
             return None
-        dtype = accumulate_dtype(self.h.dtype)
-        return self.patches[:, 0].mT.to(dtype), self.h[:, :, 0].mT.to(dtype)
+        (_, _, i, length), o = self.patches.shape, self.h.shape[3]
+        if not prefer_grams(length, i, o, blocks.group, self.columns):
+            return None
+        return self.patches[:, 0].mT, self.h[:, :, 0].mT
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """From Grams over positions where these are few, else from per-sample gradients."""
-        if self._is_weight(argument) and self.groups == 1:
-            (_, _, i, length), o = self.patches.shape, self.h.shape[3]
-            if prefer_grams(length, i, o, blocks.group, self.columns):
-                return product_gram(self.patches[:, 0].mT, self.h[:, :, 0].mT, blocks)
-        return gram_matrix(blocks.matrix(self.dense(argument)))
+        factors = self.factors(argument, blocks)
+        return super().gram(argument, blocks) if factors is None else product_gram(*factors, blocks)
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """With the per-sample gradients at hand one product with them, else one VJP of the batch."""
@@ -127,3 +121,7 @@ class Convolution(Rule):
             flat = omega.reshape(1, -1).to(columns.dtype) @ columns.reshape(omega.numel(), -1)
             return flat.reshape(self.values[argument].shape)
         return super().contract(argument, omega)
+
+
+def _groups(node: fx.Node) -> int:
+    return int(cast(int, node.args[6])) if len(node.args) > 6 else 1

@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.rules.base import Blocks, Rule, accumulate_dtype, batch_first, positions, second_moment
+from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.rules.base import Blocks, Rule, batch_first, positions, second_moment
 
 
 class Embedding(Rule):

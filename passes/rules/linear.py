@@ -13,15 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.rules.base import (
-    Blocks,
-    Rule,
-    accumulate_dtype,
-    gram_matrix,
-    positions,
-    product_gram,
-    second_moment,
-)
+from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.rules.base import Blocks, Rule, gram_matrix, positions, product_gram, second_moment
 
 
 class Linear(Rule):
@@ -73,9 +66,8 @@ class Linear(Rule):
         return second_moment(h, diagonal[0]) / self.batch, second_moment(x, diagonal[1]) / x.shape[1]
 
     def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
-        """Inputs and cotangents."""
-        dtype = accumulate_dtype(self.x.dtype)
-        return self.x.to(dtype), self.h.to(dtype)
+        """Inputs and cotangents of the weight."""
+        return (self.x, self.h) if self._is_weight(argument) else None
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Weight: (sum_c omega h)^T x in one product; bias: its sum over samples and positions."""

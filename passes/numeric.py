@@ -1,0 +1,23 @@
+"""Dtypes: which values have a derivative, what inner products are taken over, what sums are kept in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiable(value: Any) -> bool:
+    """Whether a value is a real or complex tensor, not an index or a mask."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def real(t: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers: the inner product of cotangent and displacement is real."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of Grams, weights, policies and numbers of a step: float32, or float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
