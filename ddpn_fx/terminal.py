@@ -265,7 +265,10 @@ class Exact:
         return Factors(torch.diag_embed(scale), beta, torch.ones_like(beta))
 
     def _eigen(self, phi: Phi) -> Factors:
-        """S from the eigenvectors of the loss's Hessian; the gradient's part outside its range has no curvature."""
+        """S from the eigenvectors of the loss's Hessian; the gradient's part outside its range is the first column.
+
+        Columns of neither curvature nor gradient are 0: S spans what the loss moves along (for tikhonov).
+        """
         hessian = phi.hessian()
         finite = hessian.isfinite().all()
         values, vectors = torch.linalg.eigh(torch.where(finite, hessian, torch.zeros_like(hessian)))
@@ -273,8 +276,14 @@ class Exact:
         curved = values > 1e-6 * scale
         clamps = (values < -1e-4 * scale).sum()
         root = torch.where(curved, values, torch.ones_like(values)).sqrt()
-        columns = (vectors * root[:, None, :]).mT
-        beta = (vectors.mT @ phi.gradient[..., None])[..., 0] / root
+        along = (vectors.mT @ phi.gradient[..., None])[..., 0]
+        flat = torch.where(curved, torch.zeros_like(along), along)
+        outside = (vectors @ flat[..., None])[..., 0]
+        first = torch.arange(values.shape[1], device=values.device) == 0  # eigenvalues ascend
+        free = (first & ~curved).to(root.dtype)
+        columns = (vectors * torch.where(curved, root, torch.zeros_like(root))[:, None, :]).mT
+        columns = columns + free[..., None] * outside[:, None, :]
+        beta = torch.where(curved, along / root, free)
         beta = torch.where(finite, beta, torch.full_like(beta, torch.nan))
         return Factors(columns, beta, curved.to(beta.dtype), clamps=clamps, fault=_mixing_fault(phi))
 

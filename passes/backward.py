@@ -243,6 +243,8 @@ class _Recursion:
         linear, names = self.linear, self.controls[stage.index]
         if not (self.chain.has_statistics and self.mode.feedback):
             for gamma in linear.gammas.of(names):
+                if self.mode.feedback:
+                    gamma.form(linear.blocks)
                 yield gamma, gamma.contract(b)
             return
         if self._exact is None or self._exact[0] is not b:

@@ -290,6 +290,10 @@ class TwinGamma(Gamma):
             return super().gram(blocks, metric)
         return self._run(("gram", blocks), lambda: self._traced.gram(blocks))
 
+    def form(self, blocks: Blocks) -> None:
+        """Form the columns now, where these are the cheaper way to K."""
+        self._run(("form", blocks), lambda: self._traced.form(blocks))
+
     def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """x and h of one use that is a product of both, where they are the cheaper way to K."""
         return self._run(("factors", blocks), lambda: self._traced.factors(blocks))

@@ -65,6 +65,12 @@ class Gamma:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
 
+    def form(self, blocks: Blocks) -> None:
+        """Form the columns of one use now, where these are the cheaper way to K (:meth:`~rules.Rule.form`)."""
+        (entry, *others) = self.entries
+        if not others and entry.argument.op == "placeholder":
+            entry.rule.form(entry.argument, blocks)
+
     def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """x and h of one use that is a product of both, where they are the cheaper way to K."""
         (entry, *others) = self.entries

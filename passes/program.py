@@ -98,10 +98,10 @@ class Program:
             linear = self.backward(trajectory, hyper, state)
             changes, new_state, statistics = self.feedback(trajectory, linear, hyper, state)
         with origin({"role": "update"}):
-            ok = statistics["skipped"] == 0
-            new_params = {n: torch.where(ok, params[n] + d, params[n]) for n, d in changes.items()}
-            kept_state = {n: torch.where(ok, t, state[n]) for n, t in new_state.items()}
+            skipped = statistics["skipped"]
+            new_params = {n: torch.where(skipped, params[n], params[n] + d) for n, d in changes.items()}
+            kept_state = {n: torch.where(skipped, state[n], t) for n, t in new_state.items()}
             moved = new_buffers(self.chain, trajectory)
-            kept_buffers = {n: torch.where(ok, t, buffers[n]) for n, t in moved.items()}
+            kept_buffers = {n: torch.where(skipped, buffers[n], t) for n, t in moved.items()}
             packed = torch.stack([statistics[k].to(vector.dtype) for k in STATISTICS])
         return new_params, kept_buffers, kept_state, packed

@@ -149,6 +149,15 @@ class Rule:
         _, pull = vjp(lambda p: self._apply(self.values, {argument: p}), value)
         return pull(self.weighted(omega))[0]
 
+    def form(self, argument: fx.Node, blocks: Blocks) -> None:
+        """Form the columns now if they are the cheaper way to K, so that a contraction before it uses them too."""
+
+    def contract_columns(self, argument: fx.Node, omega: Tensor) -> Tensor:
+        """Gamma omega as one product with the columns, for a rule that has formed them."""
+        columns = self.dense(argument)
+        flat = omega.reshape(1, -1).to(columns.dtype) @ columns.reshape(omega.numel(), -1)
+        return flat.reshape(self.values[argument].shape)
+
     def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
         """Gamma^T D: (B, R) for a direction D of the argument's shape."""
         columns = self.dense(argument)

@@ -109,6 +109,11 @@ class Convolution(Rule):
             return None
         return self.patches[:, 0].mT, self.h[:, :, 0].mT
 
+    def form(self, argument: fx.Node, blocks: Blocks) -> None:
+        """The weight's, where there are many positions."""
+        if self._is_weight(argument) and self.factors(argument, blocks) is None:
+            self.dense(argument)
+
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """From Grams over positions where these are few, else from per-sample gradients."""
         factors = self.factors(argument, blocks)
@@ -117,9 +122,7 @@ class Convolution(Rule):
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """With the per-sample gradients at hand one product with them, else one VJP of the batch."""
         if argument in self._dense or not self._is_weight(argument):
-            columns = self.dense(argument)
-            flat = omega.reshape(1, -1).to(columns.dtype) @ columns.reshape(omega.numel(), -1)
-            return flat.reshape(self.values[argument].shape)
+            return self.contract_columns(argument, omega)
         return super().contract(argument, omega)
 
 

@@ -1,7 +1,9 @@
 """``aten.linear``: Gamma's columns are outer products of input and cotangent, summed over positions.
 
 Shapes: B batch, R columns, P positions, I inputs, O outputs. K comes from two Grams without
-per-sample gradients where there is one position or few; the contraction is one product.
+per-sample gradients where there is one position or few; the contraction is one product. With many
+positions the per-sample gradients are the cheaper way to K; where they are not much larger than the
+inputs and cotangents that they replace, they are kept, and the contraction is one product with them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.numeric import accumulate_dtype
-from ddpn_fx.passes.rules.base import Blocks, Rule, gram_matrix, positions, product_gram, second_moment
+from ddpn_fx.passes.rules.base import Blocks, Rule, gram_matrix, positions, prefer_grams, product_gram, second_moment
 
 
 class Linear(Rule):
@@ -47,10 +49,17 @@ class Linear(Rule):
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """Weight: sum_pq (x_p . x_q)(h_p . h_q); bias: the Gram of the summed cotangents."""
         if self._is_weight(argument):
+            if self._keeps_columns(blocks):
+                return super().gram(argument, blocks)
             return product_gram(self.x, self.h, blocks)
         h = self.h.to(accumulate_dtype(self.h.dtype))
         # With one position written as the weight's Gram of h is, so that the two become one.
         return gram_matrix(blocks.columns_of(h[:, :, 0] if h.shape[2] == 1 else h.sum(2)))
+
+    def _keeps_columns(self, blocks: Blocks) -> bool:
+        """Whether the per-sample gradients of the weight are formed once, for K and for the contraction."""
+        (_, r, p, o), i = self.h.shape, self.x.shape[-1]
+        return r < p and r * i * o <= 2 * p * (i + r * o) and not prefer_grams(p, i, o, blocks.group, r)
 
     @classmethod
     def product_groups(cls, node: fx.Node, argument: fx.Node) -> int:
@@ -67,10 +76,17 @@ class Linear(Rule):
 
     def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """Inputs and cotangents of the weight."""
-        return (self.x, self.h) if self._is_weight(argument) else None
+        return (self.x, self.h) if self._is_weight(argument) and not self._keeps_columns(blocks) else None
+
+    def form(self, argument: fx.Node, blocks: Blocks) -> None:
+        """The weight's, where they are kept."""
+        if self._is_weight(argument) and self._keeps_columns(blocks):
+            self.dense(argument)
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Weight: (sum_c omega h)^T x in one product; bias: its sum over samples and positions."""
+        if argument in self._dense and self.h.shape[2] > self.columns:
+            return self.contract_columns(argument, omega)
         scale = omega.to(self.h.dtype)[:, :, None, None]
         h = (self.h * scale).sum(1) if self.columns > 1 else self.h[:, 0] * scale[:, 0]
         h = h.flatten(0, 1)

@@ -1,0 +1,144 @@
+"""The work of a step: multiplications and additions of the generated graph against a law written down here.
+
+A training step of SGD is a forward pass, a cotangent and a weight gradient of every layer. The closed loop adds the
+Grams, in the cheaper of two ways: of inputs and of cotangents, or of per-sample gradients, which then stand in for the
+weight's gradient as well. A pass that starts to do work twice shows here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ddpn_fx
+from ddpn_fx.demo import relu_network
+
+TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Product:
+    """A layer of outer products: inputs and outputs of a position, positions of a sample, whether it is the first."""
+
+    inputs: int
+    outputs: int
+    positions: int = 1
+    first: bool = False
+
+    def work(self, batch: int, columns: int, forwards: int, *, contractions: int = 1, form: bool = False) -> int:
+        """FLOPs of a layer in a step: forward passes, cotangents, its Gram, its contractions."""
+        one = self.inputs * self.outputs
+        n = batch * columns
+        whole = batch * self.positions * one
+        total = forwards * whole + (0 if self.first else columns * whole)
+        if self.positions == 1 and not form:
+            total += batch**2 * self.inputs + n**2 * self.outputs + contractions * whole
+        else:
+            total += columns * whole + n**2 * one + contractions * n * one
+        return 2 * total
+
+
+def convolutions() -> tuple[nn.Module, list[Product]]:
+    """Two convolutions and two dense layers on 3x16x16 images."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+    return model, [Product(27, 16, 256, first=True), Product(144, 32, 64), Product(512, 64), Product(64, 10)]
+
+
+class Sequence(nn.Module):
+    """Dense layers over 32 positions, around a residual, and a mean over the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(24, 48), nn.Linear(48, 96), nn.Linear(96, 48), nn.Linear(48, 10)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.d((x + self.c(F.gelu(self.b(x)))).mean(1))
+
+
+def dense() -> tuple[nn.Module, list[Product]]:
+    widths = (200, 160, 160, 10)
+    return relu_network(*widths), [Product(i, o, first=k == 0) for k, (i, o) in enumerate(pairwise(widths))]
+
+
+def sequence() -> tuple[nn.Module, list[Product]]:
+    layers = [Product(24, 48, 32, first=True), Product(48, 96, 32), Product(96, 48, 32), Product(48, 10)]
+    return Sequence(), layers
+
+
+MODELS = {"dense": (dense, (200,)), "convolutions": (convolutions, (3, 16, 16)), "sequence": (sequence, (32, 24))}
+
+
+def flops(step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def measured(name: str, batch: int, **options) -> tuple[int, list[Product]]:
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    model, layers = make()
+    x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
+    opt = ddpn_fx.DDPNOpt(ddpn_fx.compile(model, loss=F.cross_entropy, backend="eager"), lr=0.01, **options)
+    opt.train_step(x, y)
+    return flops(lambda: opt.train_step(x, y)), layers
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+@pytest.mark.parametrize("name", MODELS)
+def test_sgd_costs_what_the_law_says(name, batch):
+    """So that the law's forward pass, cotangents and gradients are those that torch itself counts."""
+    make, shape = MODELS[name]
+    model, layers = make()
+    x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
+    want = sum(2 * batch * p.positions * p.inputs * p.outputs * (2 if p.first else 3) for p in layers)
+    assert flops(lambda: F.cross_entropy(model(x), y).backward()) == pytest.approx(want, rel=TOLERANCE)
+    assert measured(name, batch, feedback=False)[0] == pytest.approx(want, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_costs_what_the_law_says(name, rollout, batch):
+    got, layers = measured(name, batch, rollout=rollout)
+    forwards = 2 if rollout == "nonlinear" else 1
+    want = sum(p.work(batch, 1, forwards) for p in layers)
+    if rollout == "nonlinear":  # the last stage has nothing after it
+        want -= 2 * batch * layers[-1].positions * layers[-1].inputs * layers[-1].outputs
+    assert got == pytest.approx(want, rel=TOLERANCE)
+
+
+def test_a_step_of_full_rank_costs_what_the_law_says():
+    got, layers = measured("dense", 16, rank=None)
+    assert got == pytest.approx(sum(p.work(16, 9, 1) for p in layers), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["convolutions", "sequence"])
+def test_a_metric_costs_one_more_contraction(name):
+    """Its moments are those of the gradient. Where per-sample gradients are formed, both contractions are with them."""
+    got, layers = measured(name, 16, preconditioner="factored")
+    want = sum(p.work(16, 1, 1, contractions=2) for p in layers)
+    assert got == pytest.approx(want, rel=TOLERANCE)
+
+
+def test_an_elementwise_metric_forms_the_columns_of_every_weight():
+    got, layers = measured("sequence", 16, preconditioner="diagonal")
+    assert got == pytest.approx(sum(p.work(16, 1, 1, contractions=2, form=True) for p in layers), rel=TOLERANCE)
