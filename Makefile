@@ -40,7 +40,7 @@ format: $(VENV)/.dev ## rewrite the sources in the house's format
 	$(BIN)/python -m ruff format .
 
 bench: $(VENV)/.dev ## step time against a compiled SGD step
-	$(BIN)/python examples/bench_step.py $(ARGS)
+	$(BIN)/python examples/bench/step.py $(ARGS)
 
 clean: ## remove the virtual environment, the caches and what the demo wrote
 	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage build demo-output dist htmlcov

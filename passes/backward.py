@@ -9,6 +9,7 @@ batch norm makes invariant, and the open loop is the plain gradient (DESIGN 2.4)
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -88,12 +89,13 @@ def backward(
     """
     trained = [p for names in controls for p in names]
     linear = _terminal(chain, mode, Gammas(chain, trajectory.parameters, trained, batch), batch, trajectory)
-    _pull(chain, trajectory, linear.seeds, linear.gammas, hold=mode.feedback, states=linear.states)
+    # Stage by stage, so that what the Gram alone needs of a stage is dropped before the next one is pulled.
+    pulled = _pulled(chain, trajectory, linear.seeds, linear.gammas, hold=mode.feedback, states=linear.states)
     recursion = _Recursion(chain, mode, controls, trajectory, linear, hyper, state)
     if mode.feedback:
-        recursion.closed_loop()
+        recursion.closed_loop(pulled)
     else:
-        recursion.open_loop()
+        recursion.open_loop(pulled)
     return linear
 
 
@@ -109,11 +111,11 @@ def exact(chain: Chain, trajectory: Trajectory, linear: Linearization, omega: Te
     """
     gammas = Gammas(chain, trajectory.parameters, linear.gammas.trained, linear.blocks.batch)
     seed = torch.einsum("brd,br->bd", linear.seeds.to(omega.dtype), omega)[:, None]
-    _pull(chain, trajectory, seed, gammas, hold=False, last_stage=last_stage)
+    deque(_pulled(chain, trajectory, seed, gammas, hold=False, last_stage=last_stage), maxlen=0)
     return gammas
 
 
-def _pull(
+def _pulled(
     chain: Chain,
     trajectory: Trajectory,
     seeds: Tensor,
@@ -122,8 +124,8 @@ def _pull(
     hold: bool,
     last_stage: int = 0,
     states: list[dict[fx.Node, Tensor]] | None = None,
-) -> None:
-    """Pull (B, R, D) seeds from x_T down to a stage, filling Gammas and the states' cotangents."""
+) -> Iterator[Stage]:
+    """Pull (B, R, D) seeds from x_T down to a stage, filling Gammas and the states' cotangents; yields each one."""
     cotangents = losses.unflatten_state(chain, seeds.movedim(1, 0), trajectory.env)
     columns = seeds.shape[1]
     for stage in reversed(chain.stages[last_stage:]):
@@ -135,6 +137,7 @@ def _pull(
             gammas.add(stage, taps, trajectory.env)
         if states is not None:
             states.insert(0, {n: cotangents[n] for n in stage.state_in if n in cotangents})
+        yield stage
 
 
 def _terminal(chain: Chain, mode: Mode, gammas: Gammas, batch: int, trajectory: Trajectory) -> Linearization:
@@ -181,17 +184,17 @@ class _Recursion:
         self.group = dict(mode.group)
         self._exact: tuple[Tensor, Gammas] | None = None
 
-    def open_loop(self) -> None:
+    def open_loop(self, pulled: Iterator[Stage]) -> None:
         """Q_ux = 0: the metrics alone."""
-        for stage in self.chain.stages:
+        for stage in pulled:
             self._metrics(stage, self.linear.weight)
 
-    def closed_loop(self) -> None:
+    def closed_loop(self, pulled: Iterator[Stage]) -> None:
         """Stage by stage from the last one; with one solve for all at the end where they fold."""
         mode, linear = self.mode, self.linear
         row = self._row()
         weighted = linear.blocks.merge(linear.terminal.b) * linear.weight
-        for stage in reversed(self.chain.stages):
+        for stage in pulled:
             if mode.preconditioner is not None and mode.preconditioner.moments == "value":
                 weighted = linear.blocks.merge(row.b) * linear.weight
             self._metrics(stage, weighted)
@@ -203,7 +206,7 @@ class _Recursion:
             with origin({"role": "solve", "stage": stage.index}):
                 linear.policies.insert(0, row.step(gram, decay))
                 if mode.tikhonov and stage.index:
-                    z = _columns_of(linear.states[stage.index], linear)
+                    z = _columns_of(linear.states[0], linear)
                     row.regularize(self.hyper.tikhonov * bellman.projection(z, linear.blocks))
         if mode.fold:
             with origin({"role": "solve"}):

@@ -98,6 +98,7 @@ class Gamma:
         part = entry.rule.dense(entry.argument)
         if entry.argument.op == "placeholder":
             return part
+        part = part.to(self.parameters[entry.argument].dtype)
         return self.parameters.pull(entry.argument, part, columns=True)[self.name]
 
     def _entry_contract(self, entry: Entry, omega: Tensor) -> Tensor:

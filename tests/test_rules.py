@@ -27,6 +27,7 @@ from ddpn_fx.passes.objective import placeholder_values
 from ddpn_fx.passes.rules import RULES, Blocks, Rule, rule_by_name
 from ddpn_fx.passes.rules import base as rules_base
 from ddpn_fx.passes.rules import convolution as rules_convolution
+from ddpn_fx.passes.rules import linear as rules_linear
 
 TOLERANCE = 1e-10
 POSITIONS = "rows (P, B) of a value that is the same for every sample count as (B, P): the probe cannot tell"
@@ -722,6 +723,7 @@ def decisions(monkeypatch) -> list[bool]:
 
     monkeypatch.setattr(rules_base, "prefer_grams", spy)
     monkeypatch.setattr(rules_convolution, "prefer_grams", spy)
+    monkeypatch.setattr(rules_linear, "prefer_grams", spy)
     return found
 
 
@@ -744,9 +746,22 @@ def test_both_branches_of_the_cost_model_are_equal(columns, monkeypatch):
             for answer in (True, False):
                 monkeypatch.setattr(rules_base, "prefer_grams", lambda *sizes, answer=answer: answer)
                 monkeypatch.setattr(rules_convolution, "prefer_grams", lambda *sizes, answer=answer: answer)
+                monkeypatch.setattr(rules_linear, "prefer_grams", lambda *sizes, answer=answer: answer)
                 grams.append([r.gram(a, Blocks(5, columns, group)) for u, r in at.fresh() for a in u.arguments])
             for fast, slow in zip(*grams, strict=True):
                 close(fast, slow, f"{layer.name} in {group}s")
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_contraction_is_the_same_with_the_columns_at_hand(columns):
+    """Where per-sample gradients are formed for K, the contraction is one product with them."""
+    for layer in COSTED:
+        at = linearize(layer, 5, columns)
+        omega = torch.randn(5, columns, dtype=torch.float64)
+        for (use, fresh), (_, formed) in zip(at.fresh(), at.fresh(), strict=True):
+            for argument in use.arguments:
+                formed.dense(argument)
+                close(formed.contract(argument, omega), fresh.contract(argument, omega), layer.name)
 
 
 def test_cost_model_of_the_embedding_reaches_both_branches(monkeypatch):

@@ -52,9 +52,10 @@ class Linear(Rule):
             if self._keeps_columns(blocks):
                 return super().gram(argument, blocks)
             return product_gram(self.x, self.h, blocks)
-        h = self.h.to(accumulate_dtype(self.h.dtype))
-        # With one position written as the weight's Gram of h is, so that the two become one.
-        return gram_matrix(blocks.columns_of(h[:, :, 0] if h.shape[2] == 1 else h.sum(2)))
+        if self.h.shape[2] > 1:
+            return super().gram(argument, blocks)
+        # Written as the weight's Gram of h is, so that the two become one.
+        return gram_matrix(blocks.columns_of(self.h[:, :, 0].to(accumulate_dtype(self.h.dtype))))
 
     def _keeps_columns(self, blocks: Blocks) -> bool:
         """Whether the per-sample gradients of the weight are formed once, for K and for the contraction."""
@@ -85,7 +86,7 @@ class Linear(Rule):
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Weight: (sum_c omega h)^T x in one product; bias: its sum over samples and positions."""
-        if argument in self._dense and self.h.shape[2] > self.columns:
+        if self.h.shape[2] > self.columns and (argument in self._dense or not self._is_weight(argument)):
             return self.contract_columns(argument, omega)
         scale = omega.to(self.h.dtype)[:, :, None, None]
         h = (self.h * scale).sum(1) if self.columns > 1 else self.h[:, 0] * scale[:, 0]
@@ -101,6 +102,7 @@ class Linear(Rule):
         return self.h.to(dtype).sum(2) @ direction.to(dtype)
 
     def _columns(self, argument: fx.Node) -> Tensor:
+        dtype = accumulate_dtype(self.h.dtype)
         if self._is_weight(argument):
-            return torch.einsum("brpo,bpi->broi", self.h, self.x)
-        return self.h.sum(2)
+            return torch.einsum("brpo,bpi->broi", self.h.to(dtype), self.x.to(dtype))
+        return self.h.to(dtype).sum(2)

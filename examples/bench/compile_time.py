@@ -1,8 +1,8 @@
 """How long compilation takes before any backend sees a graph: capture and passes, model by model, pass by pass.
 
-    python examples/compile_time.py                          the table below, about a minute
-    python examples/compile_time.py --inductor               also what torch.compile then takes, beside a plain SGD step
-    python examples/compile_time.py --only transformer --layers 24 --repeats 3
+    python examples/bench/compile_time.py                          the table below, about a minute
+    python examples/bench/compile_time.py --inductor               also what torch.compile takes, and for SGD's step
+    python examples/bench/compile_time.py --only transformer --layers 24 --repeats 3
 
 Each model gets a net of its own, after one tiny net has paid for torch's lazy imports. A figure is the least of the
 repeats. `derived` says how many stages were traced, `copied` how many were written as copies of them; the others were
@@ -19,50 +19,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_step import compiled_sgd
+from models import ResNet18
+from step import compiled_sgd
 from torch import Tensor, nn
 
 import ddpn_fx
 from ddpn_fx.demo import relu_network, report
 
 PASSES = ("capture", "normalize", "stage", "trace", "fuse")
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norms and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's output."""
-        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 (He et al. 2015) for images of any size, batch norms in training mode."""
-
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-        blocks, inputs = [], 64
-        for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-            blocks += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
-            inputs = outputs
-        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(512, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, classes)."""
-        x = F.max_pool2d(self.stem(x), 3, 2, 1)
-        return self.head(self.blocks(x).mean((2, 3)))
 
 
 class Encoder(nn.Module):
@@ -81,7 +45,7 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embedding(tokens) + self.position)).transpose(1, 2)
 
 
-def problems(layers: int, width: int, batch: int) -> dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor]]:
+def networks(layers: int, width: int, batch: int) -> dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor]]:
     """Each model with a batch."""
     labels = torch.randint(10, (batch,))
     tokens = torch.randint(64, (2, batch, 32))
@@ -112,7 +76,7 @@ def measure(build: Callable[[], nn.Module], x: Tensor, y: Tensor) -> dict[str, A
 
 def inductor(build: Callable[[], nn.Module], x: Tensor, y: Tensor) -> dict[str, float]:
     """Seconds of the first call of torch.compile's SGD step, and of DDPNOpt's, without capture and passes."""
-    sgd = compiled_sgd(build(), "inductor")
+    sgd = compiled_sgd(build(), F.cross_entropy, "inductor")
     started = time.perf_counter()
     sgd(x, y)
     first = {"SGD": time.perf_counter() - started}
@@ -154,7 +118,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="times that each model is compiled (default: 1)")
     parser.add_argument("--inductor", action="store_true", help="also time torch.compile, for this step and SGD's")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
-    parser.add_argument("--out", metavar="FILE", type=Path, default=Path(__file__).parent / "results/compile_time.json")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path(__file__).parents[1] / "results/bench/compile_time.json"
+    )
     return parser.parse_args()
 
 
@@ -166,7 +132,7 @@ def main() -> None:
     torch.manual_seed(0)
     measure(lambda: nn.Linear(2, 2), torch.randn(4, 2), torch.randint(2, (4,)))
     rows = {}
-    for name, (build, x, y) in problems(chosen.layers, chosen.width, chosen.batch).items():
+    for name, (build, x, y) in networks(chosen.layers, chosen.width, chosen.batch).items():
         if chosen.only.lower() not in name.lower():
             continue
         rows[name] = min((measure(build, x, y) for _ in range(chosen.repeats)), key=lambda row: row["total"])

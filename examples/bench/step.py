@@ -1,0 +1,286 @@
+"""A step's time, FLOPs and peak memory against SGD's, all compiled.
+
+The steps of a model alternate in one process, so that what else the machine does falls on all alike; the table shows
+medians over SGD's. SGD is one compiled program too: forward, backward and update in place. Adam, Muon and SOAP are the
+usual loop around a compiled model. FLOPs are counted in the graphs (`torch.utils.flop_counter`: matrix products and
+convolutions), memory in torch's allocations during one step, beside the weights, the optimizer's state and the batch.
+
+    python examples/bench/step.py                               784-512x4-10 at batch 128: SGD and the default
+    python examples/bench/step.py --models all --methods all    every model and method (half an hour)
+    python examples/bench/step.py --models mlp --batch 64 128 256 512 --coupling 64
+    python examples/bench/step.py --models mlp --depth 8 --width 256
+
+`--methods` are of: default, nonlinear, rank2, full, diagonal, factored, kronecker, eigen-kronecker, groups, open, adam,
+muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import Problem, problems
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import ddpn_fx
+from ddpn_fx.demo import report
+
+Step = Callable[[Tensor, Tensor], Tensor]
+LR = 0.01
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "nonlinear": {"rollout": "nonlinear"},
+    "rank2": {"rank": 2},
+    "full": {"rank": None},
+    "diagonal": {"preconditioner": "diagonal"},
+    "factored": {"preconditioner": "factored"},
+    "kronecker": {"preconditioner": "kronecker"},
+    "eigen-kronecker": {"preconditioner": "eigen-kronecker"},
+    "groups": {},  # coupling comes from the command line
+    "open": {"feedback": False},
+}
+PLAIN = ("adam", "muon", "soap")
+
+
+@dataclass
+class Contestant:
+    """A step and what it holds between steps.
+
+    Attributes:
+        step: runs one training step and returns the loss.
+        held: the weights and the optimizer's state.
+        flops: of one step, where they can be counted.
+        first: seconds of the first call.
+    """
+
+    step: Step
+    held: Callable[[], list[Tensor]]
+    flops: int | None = None
+    first: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+
+
+def compiled_sgd(model: nn.Module, loss: Callable[..., Tensor], backend: str) -> Step:
+    """A training step of plain SGD as one compiled program; buffers are updated too."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    lr = torch.tensor(LR)
+
+    def step(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
+        def objective(parameters: dict[str, Tensor]) -> Tensor:
+            return loss(torch.func.functional_call(model, (parameters, buffers), x), y)
+
+        gradients, value = torch.func.grad_and_value(objective)(parameters)
+        for name, parameter in parameters.items():
+            parameter.copy_(parameter - lr * gradients[name])
+        return value
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
+    return lambda x, y: compiled(parameters, buffers, x, y, lr)
+
+
+def sgd(problem: Problem, backend: str, batch: tuple[Tensor, Tensor]) -> Contestant:
+    """The baseline."""
+    model = problem.build()
+    with FlopCounterMode(display=False) as counter:
+        problem.loss(model(batch[0]), batch[1]).backward()
+    model.zero_grad()
+    made = compiled_sgd(model, problem.loss, backend)
+    return Contestant(made, lambda: list(model.parameters()), counter.get_total_flops())
+
+
+def plain(name: str, problem: Problem, backend: str) -> Contestant:
+    """A torch optimizer, or SOAP, in the usual loop around a compiled model."""
+    model = problem.build()
+    optimizers = _optimizers(name, model)
+    forward = torch.compile(model, backend=backend, dynamic=False)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = problem.loss(forward(x), y)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss.detach()
+
+    def held() -> list[Tensor]:
+        return [*model.parameters(), *(t for o in optimizers for t in _state(o))]
+
+    return Contestant(step, held)
+
+
+def _optimizers(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
+    if name == "adam":
+        return [torch.optim.Adam(model.parameters(), lr=1e-3)]
+    if name == "muon":  # for matrices alone; Adam takes the rest, as its authors do
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        rest = [p for p in model.parameters() if p.dim() != 2]
+        return [torch.optim.Muon(matrices, lr=1e-3), *([torch.optim.Adam(rest, lr=1e-3)] if rest else [])]
+    try:
+        import heavyball
+    except ModuleNotFoundError:
+        sys.exit("step.py: method soap needs the bench extra: pip install 'ddpn-fx[bench]'")
+    return [heavyball.SOAP(model.parameters(), lr=1e-3)]
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [t for kept in optimizer.state.values() for t in torch.utils._pytree.tree_leaves(kept) if torch.is_tensor(t)]
+
+
+def ddpnopt(options: dict[str, Any], problem: Problem, backend: str) -> Contestant:
+    """DDPNOpt with these options."""
+    model = problem.build()
+    net = ddpn_fx.compile(model, loss=problem.loss, backend=backend)
+    opt = ddpn_fx.DDPNOpt(net, lr=LR, **options)
+    return Contestant(opt.train_step, lambda: [*model.parameters(), *_state(opt)])
+
+
+def graph_flops(step: Any) -> int:
+    """FLOPs of the graph behind a DDPNOpt's step."""
+    opt = step.__self__
+    (lowered,) = opt._programs.values()
+    params = dict(opt.net.named_parameters(remove_duplicate=False))
+    inputs = lowered.sample(params, dict(opt.net.named_buffers(remove_duplicate=False)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        lowered.module(*inputs)
+    return counter.get_total_flops()
+
+
+def transient(step: Step, x: Tensor, y: Tensor) -> int:
+    """The most bytes that were allocated at one time in a step, of those that it allocated itself."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(x, y)
+    events: list[tuple[int, int]] = []
+
+    def collect(nodes: Any) -> None:
+        for node in nodes:
+            if node.tag == torch._C._profiler._EventType.Allocation:
+                events.append((node.start_time_ns, node.extra_fields.alloc_size))
+            collect(node.children)
+
+    collect(profiler.profiler.kineto_results.experimental_event_tree())
+    now = most = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        now += size
+        most = max(most, now)
+    return most
+
+
+def size_of(tensors: list[Tensor]) -> int:
+    """Bytes of distinct tensors."""
+    return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
+
+
+def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Time every method on one model at one batch size: method -> figures."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    batches = [problem.draw(batch) for _ in range(8)]
+    field_: dict[str, Contestant] = {"SGD": sgd(problem, chosen.backend, batches[0])}
+    for method in chosen.methods:
+        options = {"coupling": chosen.coupling} if method == "groups" else OPTIONS.get(method)
+        made = plain(method, problem, chosen.backend) if options is None else ddpnopt(options, problem, chosen.backend)
+        field_[method] = made
+    for contestant in field_.values():
+        started = time.perf_counter()
+        contestant.step(*batches[0])
+        contestant.first = time.perf_counter() - started
+    for repeat in range(chosen.warm + chosen.repeats):
+        x, y = batches[repeat % len(batches)]
+        for contestant in field_.values():
+            started = time.perf_counter()
+            contestant.step(x, y)
+            if repeat >= chosen.warm:
+                contestant.seconds.append(time.perf_counter() - started)
+    rows = {}
+    for method, contestant in field_.items():
+        if method in OPTIONS:
+            contestant.flops = graph_flops(contestant.step)
+        held = size_of([*contestant.held(), *batches[0]])
+        rows[method] = {
+            "median_ms": 1e3 * statistics.median(contestant.seconds),
+            "deciles_ms": [1e3 * q for q in statistics.quantiles(contestant.seconds, n=10)[::8]],
+            "flops": contestant.flops,
+            "peak_bytes": held + transient(contestant.step, *batches[0]),
+            "first_call_s": contestant.first,
+        }
+        rows[method] |= {
+            "time": rows[method]["median_ms"] / rows["SGD"]["median_ms"],
+            "work": contestant.flops and contestant.flops / rows["SGD"]["flops"],
+            "memory": rows[method]["peak_bytes"] / rows["SGD"]["peak_bytes"],
+        }
+        print(f"{name}, batch {batch}, {method}: {rows[method]['time']:.2f}", file=sys.stderr, flush=True)
+    return rows
+
+
+def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The figures as a Markdown table, a line a method."""
+    lines = [["model, batch", "method", "median, ms", "time", "FLOPs", "peak memory", "first call, s"]]
+    for name, rows in found.items():
+        for method, row in rows.items():
+            work = "" if row["work"] is None else f"{row['work']:.2f}"
+            median, first = f"{row['median_ms']:.1f}", f"{row['first_call_s']:.0f}"
+            lines.append([name, method, median, f"{row['time']:.2f}", work, f"{row['memory']:.2f}", first])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * w for w in widths[:2]] + ["-" * (w - 1) + ":" for w in widths[2:]])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["mlp"], help="all, or of: " + ", ".join(problems()))
+    parser.add_argument("--methods", nargs="+", default=["default"], help="see above")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: the model's)")
+    parser.add_argument("--width", type=int, default=512, help="of the MLP's hidden layers (default: 512)")
+    parser.add_argument("--depth", type=int, default=4, help="number of the MLP's hidden layers (default: 4)")
+    parser.add_argument("--coupling", type=int, default=64, help="samples in a group, for method groups (default: 64)")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile, for all (default: inductor)")
+    parser.add_argument("--repeats", type=int, default=60, help="timed calls of each step (default: 60)")
+    parser.add_argument("--warm", type=int, default=5, help="calls of each before the timed ones (default: 5)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
+    default = Path(__file__).parents[1] / "results/bench/step.json"
+    parser.add_argument("--out", metavar="FILE", type=Path, default=default)
+    chosen = parser.parse_args()
+    known = {"--models": ("models", [*problems()]), "--methods": ("methods", [*OPTIONS, *PLAIN])}
+    for flag, (name, allowed) in known.items():
+        given = allowed if getattr(chosen, name) == ["all"] else getattr(chosen, name)
+        wrong = [v for v in given if v not in allowed]
+        if wrong:
+            parser.error(f"{flag}: {wrong[0]!r} is none of {', '.join(allowed)}")
+        setattr(chosen, name, given)
+    return chosen
+
+
+def main() -> None:
+    """Compile all, time them in turn, print the table and write the figures."""
+    chosen = arguments()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    found = {}
+    made = problems(width=chosen.width, depth=chosen.depth)
+    for name in chosen.models:
+        for batch in chosen.batch or [made[name].batch]:
+            found[f"{name}, {batch}"] = run(name, made[name], batch, chosen)
+    environment = report.environment()
+    page = f"{table(found)}\n\nTime, FLOPs and peak memory over SGD's; {chosen.repeats} interleaved repeats, "
+    page += f"backend {chosen.backend}, {torch.get_num_threads()} threads. {report.describe(environment)}\n"
+    print(page, end="")
+    setting = {k: v for k, v in vars(chosen).items() if k != "out"}
+    report.write_json(chosen.out, environment | {"setting": setting, "results": found})
+    chosen.out.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
