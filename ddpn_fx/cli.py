@@ -84,6 +84,7 @@ examples:
   ddpn_fx export my_models.py:make_net graphs --input 8,784
   ddpn_fx export my_models.py:make_net graphs --input 8,784 --target labels:10
   ddpn_fx export my_models.py:make_autoencoder graphs --input 8,784 --target 8,784 --loss mse
+  ddpn_fx export my_models.py:make_net graphs --input 8,784 --format html passes model-explorer
 """
 
 
@@ -176,6 +177,15 @@ def _parser() -> argparse.ArgumentParser:
         help="example target: its shape, or one label below N for each sample or position "
         "(default: what fits the loss and the model's output)",
     )
+    export.add_argument(
+        "--format",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        dest="formats",
+        help="what to write: python, dot, svg, mermaid, html, passes, json, graphml, model-explorer, pt2, torchscript, "
+        "onnx, or all (default: the first five)",
+    )
     return parser
 
 
@@ -265,7 +275,12 @@ def _chain(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     model, inputs, target = _load(options)
     import ddpn_fx
+    from ddpn_fx.exporting.formats import chosen_formats
 
+    try:
+        formats = chosen_formats(options.formats, "--format")
+    except ValueError as error:
+        raise CommandError(str(error), USAGE) from error
     loss = _loss(options.loss)
     if loss is None and options.target is not None:
         raise CommandError("--target goes with a loss, but --loss none says that the model returns it", USAGE)
@@ -280,9 +295,11 @@ def _export(options: argparse.Namespace) -> None:
     except Exception as error:
         raise CommandError(_cannot("train", options.factory, error)) from error
     try:
-        ddpn_fx.export(opt, options.folder)
+        written = ddpn_fx.export(opt, options.folder, formats)
     except OSError as error:
         raise CommandError(f"{error.filename or options.folder}: {error.strerror or error}", USAGE) from error
+    for name, why in written.skipped.items():
+        print(f"Not written: {name}: {why}", file=sys.stderr)
     print(f"Wrote the graphs of {':'.join(options.factory)} into {options.folder}")
 
 

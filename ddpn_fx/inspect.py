@@ -1,13 +1,87 @@
-"""Every graph that was generated for a compiled module, by name."""
+"""Every graph that was generated for a compiled module, by name, and the export of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from os import PathLike
+
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from ddpn_fx.exporting import Written, write_graphs
+from ddpn_fx.exporting.formats import chosen_formats
+from ddpn_fx.exporting.model_files import FILES, model_file
 from ddpn_fx.module import CompiledModule
+from ddpn_fx.optimizer import DDPNOpt
+from ddpn_fx.origins import complete
+from ddpn_fx.passes.capture import borrowed
 from ddpn_fx.passes.ir import Chain, Kind
 from ddpn_fx.passes.lower import parts
+from ddpn_fx.replay import replay
+
+
+def export(
+    net_or_opt: CompiledModule | DDPNOpt,
+    folder: str | PathLike[str],
+    formats: str | Iterable[str] | None = None,
+) -> Written:
+    """Write every graph generated so far into a folder, readable and runnable.
+
+    Args:
+        net_or_opt: what :func:`compile` returned, or a :class:`DDPNOpt` on it.
+        folder: where to write; made if missing. Files of other names in it stay.
+        formats: what to write, one name or several: ``"python"``, ``"dot"``, ``"svg"``, ``"mermaid"``, ``"html"``,
+            ``"passes"``, ``"json"``, ``"graphml"``, ``"model-explorer"``, ``"pt2"``, ``"torchscript"``, ``"onnx"``,
+            or ``"all"``. None: the first five. ``"passes"`` and ``"html"`` run the compiler's passes once more, on
+            the example batch of the capture.
+
+    Returns:
+        The paths of the files written, a list; its ``skipped`` says of each format that could not be written why.
+
+    Raises:
+        TypeError: neither a compiled module nor a ``DDPNOpt``.
+        ValueError: a format that does not exist.
+        RuntimeError: nothing was captured yet.
+    """
+    net = net_or_opt.net if isinstance(net_or_opt, DDPNOpt) else net_or_opt
+    if not isinstance(net, CompiledModule):
+        raise TypeError(
+            f"ddpn_fx.export: give what ddpn_fx.compile returned or a DDPNOpt, not a {type(net_or_opt).__name__}"
+        )
+    wanted = chosen_formats(formats)
+    chain = net.chain
+    found = graphs_with_inputs(net)
+    skipped: dict[str, str] = {}
+    snapshots = replay(net, skipped) if {"passes", "html"} & set(wanted) else ()
+    return write_graphs(
+        {name: module for name, (module, _) in found.items()},
+        folder,
+        chain_table=str(chain),
+        chain_rows=chain.rows(),
+        example_inputs={name: inputs for name, (_, inputs) in found.items() if inputs is not None},
+        formats=wanted,
+        snapshots=snapshots,
+        models=_model_files(net, [name for name in wanted if name in FILES], skipped),
+        skipped=skipped,
+        title=type(net._original).__name__,
+    )
+
+
+def _model_files(net: CompiledModule, wanted: Sequence[str], skipped: dict[str, str]) -> dict[str, bytes]:
+    """The model's forward pass in other formats; a reason in ``skipped`` for each that cannot be."""
+    captured = net.chain.captured
+    args, kwargs, _ = pytree.tree_unflatten(captured.example, captured.spec)
+    count = len(pytree.tree_leaves((args, kwargs)))
+    found: dict[str, bytes] = {}
+    for name in wanted:
+        with borrowed(net._original):
+            made = model_file(name, net._original, args, kwargs, captured.batched[:count])
+        if isinstance(made, bytes):
+            found[name] = made
+        else:
+            skipped[name] = made
+    return found
 
 
 def graphs(net: CompiledModule) -> dict[str, fx.GraphModule]:
@@ -36,6 +110,8 @@ def graphs_with_inputs(net: CompiledModule) -> dict[str, tuple[fx.GraphModule, l
             found[name + suffix] = pair
         if lowered.module is not None:
             found["step" + suffix] = (lowered.module, flat)
+    if net._chains:
+        complete({name: module for name, (module, _) in found.items()}, net.chain, net._options["loss"])
     return found
 
 
