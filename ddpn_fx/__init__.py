@@ -4,19 +4,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddpn_fx import control
+    from ddpn_fx.explanation import explain
     from ddpn_fx.inspect import export
     from ddpn_fx.module import compile
     from ddpn_fx.optimizer import DDPNOpt
     from ddpn_fx.passes.errors import CaptureError, LossError, StagingError
 
 __version__ = "0.1.0.dev0"
-__all__ = ["CaptureError", "DDPNOpt", "LossError", "StagingError", "__version__", "compile", "control", "export"]
+__all__ = [
+    "CaptureError",
+    "DDPNOpt",
+    "LossError",
+    "StagingError",
+    "__version__",
+    "compile",
+    "control",
+    "explain",
+    "export",
+]
 
 
 # torch is imported with the first of these names, so that the command line's help is quick.
 _HOMES = {
     "compile": "ddpn_fx.module",
     "DDPNOpt": "ddpn_fx.optimizer",
+    "explain": "ddpn_fx.explanation",
     "export": "ddpn_fx.inspect",
     "CaptureError": "ddpn_fx.passes.errors",
     "LossError": "ddpn_fx.passes.errors",

@@ -12,12 +12,14 @@ from torch import Tensor, fx
 from ddpn_fx.exporting import Written, write_graphs
 from ddpn_fx.exporting.formats import chosen_formats
 from ddpn_fx.exporting.model_files import FILES, model_file
+from ddpn_fx.exporting.snapshots import take
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.optimizer import DDPNOpt
 from ddpn_fx.origins import complete
 from ddpn_fx.passes.capture import borrowed
 from ddpn_fx.passes.ir import Chain, Kind
 from ddpn_fx.passes.lower import parts
+from ddpn_fx.passes.reached import Reached, reached
 from ddpn_fx.replay import replay
 
 
@@ -43,6 +45,8 @@ def export(
         TypeError: neither a compiled module nor a ``DDPNOpt``.
         ValueError: a format that does not exist.
         RuntimeError: nothing was captured yet.
+
+    After a compilation that failed, what was reached is written: the graph as the pass before left it, and error.txt.
     """
     net = net_or_opt.net if isinstance(net_or_opt, DDPNOpt) else net_or_opt
     if not isinstance(net, CompiledModule):
@@ -50,6 +54,9 @@ def export(
             f"ddpn_fx.export: give what ddpn_fx.compile returned or a DDPNOpt, not a {type(net_or_opt).__name__}"
         )
     wanted = chosen_formats(formats)
+    failure = reached(net._original)
+    if failure is not None and not net._chains:
+        return _export_reached(net, failure, folder, wanted)
     chain = net.chain
     found = graphs_with_inputs(net)
     skipped: dict[str, str] = {}
@@ -65,6 +72,29 @@ def export(
         models=_model_files(net, [name for name in wanted if name in FILES], skipped),
         skipped=skipped,
         title=type(net._original).__name__,
+    )
+
+
+def _export_reached(
+    net: CompiledModule, failure: Reached, folder: str | PathLike[str], wanted: Sequence[str]
+) -> Written:
+    """What is there of a compilation that failed: the graph that the failing pass was given, and why it failed."""
+    found: dict[str, fx.GraphModule] = {}
+    snapshots = []
+    if failure.graph is not None:
+        owner = failure.graph.owning_module
+        found["captured"] = owner if isinstance(owner, fx.GraphModule) else fx.GraphModule({}, failure.graph)
+        snapshots.append(take("captured", "model", failure.graph))
+    text = f"The compilation of {type(net._original).__name__} failed in {failure.failed}.\n\n{failure.error}\n"
+    why = f"the compilation failed in {failure.failed}, so that there is no chain of stages and no step: see error.txt"
+    return write_graphs(
+        found,
+        folder,
+        formats=[name for name in wanted if name not in FILES],
+        snapshots=snapshots,
+        skipped={"step": why},
+        title=f"{type(net._original).__name__}, as far as it came",
+        notes={"error.txt": text},
     )
 
 

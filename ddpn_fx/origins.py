@@ -39,6 +39,9 @@ def complete(graphs: Mapping[str, fx.GraphModule], chain: Chain, loss: Any) -> N
     """
     uses = _uses(chain)
     of_loss = _loss_place(chain, loss)
+    for stage in chain.stages:
+        for node in stage.nodes:
+            node.meta["stage"] = stage.index
     for graph_module in graphs.values():
         for node in graph_module.graph.nodes:
             if node.op not in CALLS:

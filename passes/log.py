@@ -25,8 +25,15 @@ _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Tell ``watcher`` of the graphs between the passes that run inside; outside nothing is kept."""
-    token = _watcher.set(watcher)
+    """Tell ``watcher`` (and one outside it) of the graphs between the passes that run inside; nothing is kept."""
+    outer = _watcher.get()
+
+    def both(name: str, when: str, graph: fx.Graph) -> None:
+        watcher(name, when, graph)
+        if outer is not None:
+            outer(name, when, graph)
+
+    token = _watcher.set(both)
     try:
         yield
     finally:

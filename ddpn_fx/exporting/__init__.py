@@ -5,6 +5,7 @@
 - python.py: NAME.py, with literals.py, main_block.py and runtime.py; recording.py fills NAME.pt;
 - drawing.py: boxes and arrows; dot.py writes them as NAME.dot, svg.py (with layout.py) as NAME.svg;
 - mermaid.py: chain.mmd; interchange.py: NAME.json and NAME.graphml; model_explorer.py: model_explorer.json;
+- html.py: index.html, from page/page.html, page.css and page.js;
 - snapshots.py: the graph after each pass, for passes/;
 - model_files.py: the model itself as .pt2, TorchScript or ONNX;
 - files.py: names, index.md, and the rule that nothing of somebody else is overwritten.
@@ -26,6 +27,8 @@ from ddpn_fx.exporting.dot import dot_source
 from ddpn_fx.exporting.drawing import Drawing, chain_drawing, graph_drawing
 from ddpn_fx.exporting.files import INDEX, Content, file_stems, index_text, prepare_folder, write_files
 from ddpn_fx.exporting.formats import GRAPHS_ONLY, chosen_formats
+from ddpn_fx.exporting.html import NAME as PAGE
+from ddpn_fx.exporting.html import page
 from ddpn_fx.exporting.interchange import graphml, networkx_graph, node_link_json
 from ddpn_fx.exporting.mermaid import chain_mermaid
 from ddpn_fx.exporting.model_explorer import collection
@@ -79,6 +82,7 @@ def write_graphs(
     models: Mapping[str, bytes] | None = None,
     skipped: Mapping[str, str] | None = None,
     title: str = "model",
+    notes: Mapping[str, str] | None = None,
 ) -> Written:
     """Write every graph in the formats asked for, the chain of stages, and a table of all in index.md.
 
@@ -100,6 +104,7 @@ def write_graphs(
         models: "pt2", "torchscript" or "onnx" -> the file's contents.
         skipped: format -> why it is not written; noted in index.md.
         title: what the graphs are of.
+        notes: file name -> text to write beside the graphs.
 
     Returns:
         The files written.
@@ -133,12 +138,18 @@ def write_graphs(
         about = " ".join(filter(None, (_about(name), "" if stems[name] == name else f"(graph {name!r})")))
         add(files, about, graph_module.graph)
     add(_chain_files(chain_table, chain_rows, wanted), "the stages: controls, states and rules")
+    if "html" in wanted:
+        texts = {name: _about(name) for name in graphs}
+        note = (skipped or {}).get("passes", "")
+        add({PAGE: page(title, graphs, code, texts, chain_rows, snapshots, note)}, "everything on one page")
     if "passes" in wanted:
         add(pass_files(snapshots), "the graph after each pass, and what each pass changed")
     if "model-explorer" in wanted:
         add({"model_explorer.json": collection(graphs, code, title)}, "every graph, for Model Explorer")
     for name, data in (models or {}).items():
         add({FILES[name]: data}, f"the model's forward pass ({name})")
+    for name, text in (notes or {}).items():
+        add({name: text}, "what there is to say")
     target = Path(folder)
     earlier = prepare_folder(target, contents)
     paths = write_files(target, {INDEX: index_text(rows, earlier, skipped), **contents})

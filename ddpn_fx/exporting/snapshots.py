@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ddpn_fx.exporting.nodes import describe
+from ddpn_fx.exporting.nodes import CALLS, describe, op_name
 from ddpn_fx.exporting.python import node_lines
-from ddpn_fx.passes.log import op_counts
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def take(name: str, group: str, graph: fx.Graph, stages: Mapping[fx.Node, int] |
         stage = f"stage {stages[node]}" if stages and node in stages else ""
         note = " | ".join(filter(None, (value, stage)))
         lines.append(f"{code[node.name]}  # {note}" if note else code[node.name])
-    return Snapshot(name, group, tuple(lines), op_counts(graph))
+    return Snapshot(name, group, tuple(lines), Counter(op_name(node) for node in graph.nodes if node.op in CALLS))
 
 
 def changes(before: Sequence[str], after: Sequence[str]) -> list[tuple[str, str]]:
@@ -105,7 +104,8 @@ def _longest_increasing(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int
 def summary(before: Counter[str], after: Counter[str]) -> str:
     """The changed operator counts, as "+2 aten.mul.Tensor, -1 aten.layer_norm.default"."""
     names = sorted({*before, *after})
-    return ", ".join(f"{after[n] - before[n]:+d} {n}" for n in names if after[n] != before[n]) or "no change"
+    deltas = [f"{after[n] - before[n]:+d} {n}" for n in names if after[n] != before[n]]
+    return ", ".join(deltas).replace("<built-in function getitem>", "operator.getitem") or "no change"
 
 
 def pass_files(snapshots: Sequence[Snapshot], context: int = 3) -> dict[str, str]:
