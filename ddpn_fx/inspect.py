@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,11 +18,13 @@ from ddpn_fx.exporting.snapshots import take
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.optimizer import DDPNOpt
 from ddpn_fx.origins import complete
-from ddpn_fx.passes.capture import borrowed
+from ddpn_fx.passes.capture import borrowed, placeholder_values
 from ddpn_fx.passes.ir import Chain, Kind
 from ddpn_fx.passes.lower import parts
 from ddpn_fx.passes.reached import Reached, reached
 from ddpn_fx.replay import replay
+
+_log = logging.getLogger(__name__)
 
 
 def export(
@@ -123,14 +127,17 @@ def graphs(net: CompiledModule) -> dict[str, fx.GraphModule]:
     return {name: module for name, (module, _) in graphs_with_inputs(net).items()}
 
 
-def graphs_with_inputs(net: CompiledModule) -> dict[str, tuple[fx.GraphModule, list[Tensor] | None]]:
+def graphs_with_inputs(net: CompiledModule) -> dict[str, tuple[fx.GraphModule, list[Any] | None]]:
     """As :func:`graphs`, each with inputs to run it on (None where it has none at hand)."""
-    found: dict[str, tuple[fx.GraphModule, list[Tensor] | None]] = {}
+    found: dict[str, tuple[fx.GraphModule, list[Any] | None]] = {}
     if net._chains:
         chain = net.chain
-        found["captured"] = (chain.captured.module, None)
+        values = _values(net, chain)
+        inputs = [n for n in chain.graph.nodes if n.op == "placeholder"]
+        found["captured"] = (chain.captured.module, _known(values, inputs))
         for stage in chain.stages:
-            found[f"stage{stage.index}"] = (stage_module(chain, stage.index), None)
+            module, sources = _stage(chain, stage.index)
+            found[f"stage{stage.index}"] = (module, _known(values, sources))
     named = dict(net.named_parameters(remove_duplicate=False)), dict(net.named_buffers(remove_duplicate=False))
     for number, lowered in enumerate(net._lowered.values()):
         suffix = "" if number == 0 else f"_{number + 1}"
@@ -145,8 +152,41 @@ def graphs_with_inputs(net: CompiledModule) -> dict[str, tuple[fx.GraphModule, l
     return found
 
 
+_RECORD_LIMIT = 64 << 20
+"""Bytes of parameters and buffers above which the captured graph and the stages are written without recorded inputs:
+those of the step's graphs hold every weight as well."""
+
+
+def _values(net: CompiledModule, chain: Chain) -> dict[fx.Node, Any]:
+    """The value of every node of the captured graph on its example batch, at present weights; none if too large."""
+    params = dict(net.named_parameters(remove_duplicate=False))
+    buffers = dict(net.named_buffers(remove_duplicate=False))
+    if sum(t.numel() * t.element_size() for t in [*params.values(), *buffers.values()]) > _RECORD_LIMIT:
+        return {}
+    interpreter = fx.Interpreter(chain.captured.module, garbage_collect_values=False)
+    try:
+        given = placeholder_values(chain.captured, {n: p.detach() for n, p in params.items()}, buffers,
+                                   chain.captured.example)  # fmt: skip
+        inputs = [given[n.name] for n in chain.graph.nodes if n.op == "placeholder"]
+        with torch.no_grad(), borrowed(net._original):
+            interpreter.run(*[t.clone() if isinstance(t, Tensor) else t for t in inputs])
+    except Exception as error:  # the model was changed since (a device, a layer): the graphs run on random inputs
+        _log.info("no recorded inputs for the captured graph and the stages: %s", error)
+        return {}
+    return dict(interpreter.env)
+
+
+def _known(values: dict[fx.Node, Any], nodes: Sequence[fx.Node]) -> list[Any] | None:
+    return [values[n] for n in nodes] if all(n in values for n in nodes) else None
+
+
 def stage_module(chain: Chain, index: int) -> fx.GraphModule:
     """One stage as a graph of its own: (state, parameters, context) -> next state."""
+    return _stage(chain, index)[0]
+
+
+def _stage(chain: Chain, index: int) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The graph of a stage, and for each of its placeholders the node of the captured graph that it stands for."""
     stage = chain.stages[index]
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -182,7 +222,8 @@ def stage_module(chain: Chain, index: int) -> fx.GraphModule:
     graph.output(tuple(copied[n] for n in stage.state_out))
     _placeholders_first(graph)
     graph.lint()
-    return fx.GraphModule(torch.nn.Module(), graph)
+    source = {copy: node for node, copy in copied.items()}
+    return fx.GraphModule(torch.nn.Module(), graph), [source[n] for n in graph.nodes if n.op == "placeholder"]
 
 
 def _placeholders_first(graph: fx.Graph) -> None:
