@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from ddpn_fx.module import compile
     from ddpn_fx.optimizer import DDPNOpt
     from ddpn_fx.passes.errors import CaptureError, LossError, StagingError
+    from ddpn_fx.recorder import Recorder
 
 __version__ = "0.1.0.dev0"
 __all__ = [
     "CaptureError",
     "DDPNOpt",
     "LossError",
+    "Recorder",
     "StagingError",
     "__version__",
     "compile",
@@ -30,6 +32,7 @@ _HOMES = {
     "DDPNOpt": "ddpn_fx.optimizer",
     "explain": "ddpn_fx.explanation",
     "export": "ddpn_fx.inspect",
+    "Recorder": "ddpn_fx.recorder",
     "CaptureError": "ddpn_fx.passes.errors",
     "LossError": "ddpn_fx.passes.errors",
     "StagingError": "ddpn_fx.passes.errors",
