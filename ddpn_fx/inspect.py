@@ -124,15 +124,20 @@ def graphs(net: CompiledModule) -> dict[str, fx.GraphModule]:
     ``captured`` (in normal form), ``stage0`` ..., and of each compiled step ``simulate``, ``backward``,
     ``feedback`` and ``step`` (the fused program), numbered from the second on.
     """
-    return {name: module for name, (module, _) in graphs_with_inputs(net).items()}
+    return {name: module for name, (module, _) in graphs_with_inputs(net, evaluate=False).items()}
 
 
-def graphs_with_inputs(net: CompiledModule) -> dict[str, tuple[fx.GraphModule, list[Any] | None]]:
-    """As :func:`graphs`, each with inputs to run it on (None where it has none at hand)."""
+def graphs_with_inputs(
+    net: CompiledModule, *, evaluate: bool = True
+) -> dict[str, tuple[fx.GraphModule, list[Any] | None]]:
+    """As :func:`graphs`, each with inputs to run it on (None where it has none at hand).
+
+    With ``evaluate=False`` the captured graph is not run for its own inputs and the stages'.
+    """
     found: dict[str, tuple[fx.GraphModule, list[Any] | None]] = {}
     if net._chains:
         chain = net.chain
-        values = _values(net, chain)
+        values = _values(net, chain) if evaluate else {}
         inputs = [n for n in chain.graph.nodes if n.op == "placeholder"]
         found["captured"] = (chain.captured.module, _known(values, inputs))
         for stage in chain.stages:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ddpn_fx
+from ddpn_fx.exporting import write_graphs
 from ddpn_fx.exporting.formats import ALL, DEFAULT, FORMATS, chosen_formats
 from ddpn_fx.exporting.mermaid import chain_mermaid
 from ddpn_fx.exporting.snapshots import changes
@@ -135,6 +136,13 @@ def test_default_formats(tmp_path):
     names = {p.name for p in ddpn_fx.export(net, tmp_path)}
     assert {"chain.mmd", "chain.svg", "step.py", "step.dot", "step.pt"} <= names
     assert not {"step.json", "model.pt2", "model_explorer.json"} & names
+
+
+@pytest.mark.parametrize("graphviz", [True, False])
+def test_the_index_says_who_laid_the_pictures_out(graphviz, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/false" if graphviz else None)
+    write_graphs({}, tmp_path, chain_rows=[{"index": 0}], formats="svg")
+    assert ("Graphviz is not installed here" in (tmp_path / "index.md").read_text()) is not graphviz
 
 
 def test_mermaid_escapes_and_shows_ties():

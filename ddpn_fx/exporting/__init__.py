@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -152,7 +153,9 @@ def write_graphs(
         add({name: text}, "what there is to say")
     target = Path(folder)
     earlier = prepare_folder(target, contents)
-    paths = write_files(target, {INDEX: index_text(rows, earlier, skipped), **contents})
+    plain = "svg" in wanted and shutil.which("dot") is None
+    remark = "Graphviz is not installed here: the SVG files have the built-in layout." if plain else ""
+    paths = write_files(target, {INDEX: index_text(rows, earlier, skipped, remark), **contents})
     _log.info("wrote %d files to %s in %.2f s", len(paths), target, time.perf_counter() - start)
     return Written(paths, skipped or {})
 

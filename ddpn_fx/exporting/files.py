@@ -113,6 +113,7 @@ def index_text(
     rows: Sequence[tuple[Sequence[str], int | None, int | None, str]],
     earlier: Sequence[str],
     skipped: Mapping[str, str] | None = None,
+    remark: str = "",
 ) -> str:
     """Write `index.md`.
 
@@ -120,6 +121,7 @@ def index_text(
         rows: for each graph its files, its number of nodes and of operations (None: not counted), and what it is.
         earlier: files of earlier exports that are still there.
         skipped: format or file -> why it was not written.
+        remark: a line below the table.
 
     Returns:
         A table in Markdown.
@@ -128,6 +130,7 @@ def index_text(
     for files, nodes, ops, about in rows:
         cells = [_links(files), *("" if count is None else str(count) for count in (nodes, ops)), _escaped(about)]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", remark] if remark else []
     if skipped:
         lines += ["", "Not written:", "", *(f"- {name}: {_escaped(reason)}" for name, reason in skipped.items())]
     if earlier:

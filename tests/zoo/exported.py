@@ -35,7 +35,7 @@ TEN = (
 )
 """Ten different kinds: norms, attention, loops, convolutions, sparse reads, own backwards, complex values."""
 
-QUICK = ("MLP, BatchNorm1d, dropout", "GPT, tied head")
+QUICK = ("MLP, BatchNorm1d, dropout", "complex-valued weights")
 """Those of the default tier."""
 
 # Runs every file as `python FILE --check` would, each in a namespace of its own, but in one process.
