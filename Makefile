@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--qui
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all coverage lint format bench clean
+.PHONY: help demo test test-all coverage lint format bench docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -42,6 +42,10 @@ format: $(VENV)/.dev ## rewrite the sources in the house's format
 bench: $(VENV)/.dev ## step time against a compiled SGD step
 	$(BIN)/python examples/bench/step.py $(ARGS)
 
+docs: $(VENV)/.docs ## build the documentation into build/site, every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 clean: ## remove the virtual environment, the caches and what the demo wrote
 	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage build demo-output dist htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -59,3 +63,7 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) -e '.[docs]'
+	@touch $@

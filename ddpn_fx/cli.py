@@ -1,4 +1,4 @@
-"""The command line: ``ddpn_fx demo``, ``ddpn_fx chain`` and ``ddpn_fx export`` (also ``python -m ddpn_fx``).
+"""The command line: ``ddpn_fx demo``, ``chain``, ``explain``, ``export`` and ``diff`` (also ``python -m ddpn_fx``).
 
 Exit status: 0 done; 1 the model or the installation does not allow it; 2 bad usage; 130 interrupted.
 PyTorch is imported by the commands, not by this module, so that ``--help`` and ``--version`` answer at once.
@@ -15,7 +15,7 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +40,8 @@ examples:
   ddpn_fx chain my_models.py:make_net --input 8,784   show the stages of a model of yours
   ddpn_fx export my_models.py:make_net graphs --input 8,784
                                                       write the generated graphs as readable Python
+  ddpn_fx explain my_models.py:make_net --input 8,784 what each pass did, where it was cut and why
+  ddpn_fx diff graphs-before graphs-after             what differs between two exports
 
 "ddpn_fx COMMAND --help" explains a command.
 """
@@ -84,6 +86,27 @@ examples:
   ddpn_fx export my_models.py:make_net graphs --input 8,784
   ddpn_fx export my_models.py:make_net graphs --input 8,784 --target labels:10
   ddpn_fx export my_models.py:make_autoencoder graphs --input 8,784 --target 8,784 --loss mse
+  ddpn_fx export my_models.py:make_net graphs --input 8,784 --format html passes model-explorer
+"""
+EXPLAIN_DESCRIPTION = f"""\
+Take one training step of a model and say how it was captured, what each pass did and how
+long it took, where the stages are cut and why, by which rules, what was compiled for
+what, and what the fast path does not cover.
+
+{FACTORY_HELP}"""
+EXPLAIN_EPILOG = """\
+examples:
+  ddpn_fx explain my_models.py:make_net --input 8,784
+  ddpn_fx explain my_models.py:make_autoencoder --input 8,784 --target 8,784 --loss mse
+"""
+DIFF_DESCRIPTION = """\
+Compare two folders that "ddpn_fx export" wrote Python into: for each graph the operators
+that came and went, and a unified difference of its lines.
+"""
+DIFF_EPILOG = """\
+examples:
+  ddpn_fx diff graphs-before graphs-after
+  ddpn_fx diff graphs-before graphs-after --context 0
 """
 
 
@@ -144,10 +167,15 @@ def _parser() -> argparse.ArgumentParser:
 
     chain = command("chain", _chain, "print the stages of a model", CHAIN_DESCRIPTION, CHAIN_EPILOG)
     export = command("export", _export, "write the generated graphs of a model", EXPORT_DESCRIPTION, EXPORT_EPILOG)
-    for sub in (chain, export):
+    explain = command("explain", _explain, "say what was done to a model, and why", EXPLAIN_DESCRIPTION, EXPLAIN_EPILOG)
+    diff = command("diff", _diff, "compare two exports", DIFF_DESCRIPTION, DIFF_EPILOG)
+    diff.add_argument("first", metavar="A", type=Path, help="a folder that export wrote")
+    diff.add_argument("second", metavar="B", type=Path, help="another")
+    diff.add_argument("--context", metavar="N", type=int, default=3, help="lines around a change (default: 3)")
+    for sub in (chain, export, explain):
         sub.add_argument("factory", metavar="MODULE:FACTORY", type=_factory_name, help="where the model is made")
     export.add_argument("folder", metavar="DIR", type=Path, help="where to write")
-    for sub in (chain, export):
+    for sub in (chain, export, explain):
         sub.add_argument(
             "--input",
             metavar="SHAPE",
@@ -169,12 +197,22 @@ def _parser() -> argparse.ArgumentParser:
             default="cross_entropy",
             help="loss(output, target); none: the model itself returns the loss (default: cross_entropy)",
         )
+    for sub in (export, explain):
+        sub.add_argument(
+            "--target",
+            metavar="SHAPE|labels:N",
+            type=_target,
+            help="example target: its shape, or one label below N for each sample or position "
+            "(default: what fits the loss and the model's output)",
+        )
     export.add_argument(
-        "--target",
-        metavar="SHAPE|labels:N",
-        type=_target,
-        help="example target: its shape, or one label below N for each sample or position "
-        "(default: what fits the loss and the model's output)",
+        "--format",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        dest="formats",
+        help="what to write: python, dot, svg, mermaid, html, passes, json, graphml, model-explorer, pt2, torchscript, "
+        "onnx, or all (default: the first five)",
     )
     return parser
 
@@ -263,7 +301,60 @@ def _chain(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    import ddpn_fx
+    from ddpn_fx.exporting.formats import chosen_formats
+
+    name = ":".join(options.factory)
+    try:
+        formats = chosen_formats(options.formats, "--format")
+    except ValueError as error:
+        raise CommandError(str(error), USAGE) from error
     model, inputs, target = _load(options)
+    net, step = _training(model, inputs, target, options)
+    failure: Exception | None = None
+    try:
+        step()
+    except Exception as error:
+        failure = error
+    try:
+        written = ddpn_fx.export(net, options.folder, formats)
+    except OSError as error:
+        raise CommandError(f"{error.filename or options.folder}: {error.strerror or error}", USAGE) from error
+    except RuntimeError as error:
+        raise CommandError(_cannot("train", options.factory, failure or error)) from (failure or error)
+    for missing, why in written.skipped.items():
+        print(f"Not written: {missing}: {why}", file=sys.stderr)
+    if failure is not None:
+        reached = f"; what was reached is in {options.folder}"
+        raise CommandError(_cannot("train", options.factory, failure) + reached) from failure
+    print(f"Wrote the graphs of {name} into {options.folder}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    import ddpn_fx
+
+    model, inputs, target = _load(options)
+    net, step = _training(model, inputs, target, options)
+    try:
+        opt = step()
+    except Exception as error:
+        print(ddpn_fx.explain(net))
+        raise CommandError(_cannot("train", options.factory, error)) from error
+    print(ddpn_fx.explain(opt))
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from ddpn_fx.exporting.compare import compare
+
+    try:
+        found = compare(options.first, options.second, max(0, options.context))
+    except OSError as error:
+        raise CommandError(str(error).removeprefix("ddpn_fx diff: "), USAGE) from error
+    print("\n".join(map(str, found)))
+
+
+def _training(model: nn.Module, inputs: Any, target: Any, options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
+    """The compiled model, and a function that takes one step and returns the optimizer."""
     import ddpn_fx
 
     loss = _loss(options.loss)
@@ -271,19 +362,16 @@ def _export(options: argparse.Namespace) -> None:
         raise CommandError("--target goes with a loss, but --loss none says that the model returns it", USAGE)
     if loss is not None and (target is None or options.target is not None):
         target = _example_target(model, inputs, options)
-    try:
-        # The graphs are what is wanted, not their speed, and they are the same under every backend.
-        net = ddpn_fx.compile(model, loss=loss, backend="eager")
+    # The graphs are what is wanted, not their speed, and they are the same under every backend.
+    net = ddpn_fx.compile(model, loss=loss, backend="eager")
+
+    def step() -> Any:
         # A loss inside the model has no known bound; its gradient alone is a factor for any loss.
         opt = ddpn_fx.DDPNOpt(net) if loss else ddpn_fx.DDPNOpt(net, terminal="gradient")
         opt.train_step(*((inputs,) if loss is None else (inputs, target)))
-    except Exception as error:
-        raise CommandError(_cannot("train", options.factory, error)) from error
-    try:
-        ddpn_fx.export(opt, options.folder)
-    except OSError as error:
-        raise CommandError(f"{error.filename or options.folder}: {error.strerror or error}", USAGE) from error
-    print(f"Wrote the graphs of {':'.join(options.factory)} into {options.folder}")
+        return opt
+
+    return net, step
 
 
 def _load(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:

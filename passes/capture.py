@@ -88,6 +88,7 @@ def capture(
     with borrowed(objective):
         program = export(objective, pytree.tree_unflatten(example, spec), shapes)
         captured = _signature(model, program, example, traced, batched, with_loss)
+        captured.spec = spec
         self_check(objective, captured, spec)
     return captured
 

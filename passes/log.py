@@ -9,13 +9,41 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from torch import fx
 
 log = logging.getLogger("ddpn_fx.passes")
+
+# Told of every graph that a pass is given and leaves: (pass, "before" or "after", graph).
+Watcher = Callable[[str, str, fx.Graph], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell ``watcher`` (and one outside it) of the graphs between the passes that run inside; nothing is kept."""
+    outer = _watcher.get()
+
+    def both(name: str, when: str, graph: fx.Graph) -> None:
+        watcher(name, when, graph)
+        if outer is not None:
+            outer(name, when, graph)
+
+    token = _watcher.set(both)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def _tell(name: str, when: str, graph: fx.Graph | None) -> None:
+    watcher = _watcher.get()
+    if watcher is not None and graph is not None:
+        watcher(name, when, graph)
 
 
 def op_counts(graph: fx.Graph | None) -> Counter[str]:
@@ -46,10 +74,12 @@ class PassRecord:
 def timed(name: str, records: list[PassRecord], graph: fx.Graph | None = None) -> Iterator[PassRecord]:
     """Time a pass; the body sets ``record.after = op_counts(...)``. Logs one INFO line at its end."""
     record = PassRecord(name, before=op_counts(graph))
+    _tell(name, "before", graph)
     start = time.perf_counter()
     yield record
     record.seconds = time.perf_counter() - start
     records.append(record)
+    _tell(name, "after", graph)
     total = sum(record.after.values())
     counts = "".join(f", {v} {k}" for k, v in record.counts.items())
     log.info("%s: %.3f s, %d ops (%s)%s", name, record.seconds, total, record.difference(), counts)

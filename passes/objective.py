@@ -77,6 +77,7 @@ class Captured:
         example: the leaves of the (resized) example batch, for checks by later passes.
         batch: the batch size of ``example``.
         batched: for each leaf whether dimension 0 is the batch.
+        spec: the pytree of ``(args, kwargs, target)`` that the leaves make; None if unknown.
         reference: the graph's outputs on ``example``, to check rewrites against.
     """
 
@@ -91,6 +92,7 @@ class Captured:
     example: list[Any]
     batch: int
     batched: list[bool]
+    spec: Any = None
     reference: list[Tensor | None] = field(default_factory=list)
 
     @property

@@ -14,10 +14,12 @@ from ddpn_fx.passes.capture import capture
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.log import PassRecord, op_counts, timed
 from ddpn_fx.passes.normalize import normalize
+from ddpn_fx.passes.reached import remembering
 from ddpn_fx.passes.stage import stage
 from ddpn_fx.passes.verify import verify
 
 
+@remembering
 def build_chain(
     model: nn.Module,
     loss: Callable[..., Tensor] | None,

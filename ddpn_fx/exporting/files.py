@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
+Content = str | bytes | dict[str, Any]
+"""What a file holds: a text, bytes, or what `torch.save` writes."""
+
 INDEX = "index.md"
 _MARK = "<!-- Written by ddpn_fx.export: the record of the files it may overwrite here. -->"
 _LINK = re.compile(r"\]\(([^)]+)\)")
-_TAKEN = {"chain", "index"}
+_TAKEN = {"chain", "index", "model", "model_explorer", "passes"}
 _SHADOWS = sys.stdlib_module_names | {
     "filelock", "fsspec", "jinja2", "mpmath", "networkx", "numpy", "sympy", "torch", "typing_extensions",
 }  # fmt: skip
@@ -82,8 +85,8 @@ def prepare_folder(folder: Path, names: Iterable[str]) -> list[str]:
     return sorted(name for name in ours - {INDEX, *names} if (folder / name).exists())
 
 
-def write_files(folder: Path, contents: Mapping[str, str | dict[str, Any]]) -> list[Path]:
-    """Write files: texts as UTF-8, dictionaries of tensors with `torch.save`.
+def write_files(folder: Path, contents: Mapping[str, Content]) -> list[Path]:
+    """Write files: texts as UTF-8, bytes as they are, dictionaries of tensors with `torch.save`.
 
     Args:
         folder: an existing folder.
@@ -96,31 +99,47 @@ def write_files(folder: Path, contents: Mapping[str, str | dict[str, Any]]) -> l
     for name, content in contents.items():
         path = folder / name
         if isinstance(content, str):
+            path.parent.mkdir(exist_ok=True)
             path.write_text(content, encoding="utf-8", newline="\n")
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
         else:
             torch.save(content, path)
         paths.append(path)
     return paths
 
 
-def index_text(rows: Sequence[tuple[Sequence[str], int | None, int | None, str]], earlier: Sequence[str]) -> str:
+def index_text(
+    rows: Sequence[tuple[Sequence[str], int | None, int | None, str]],
+    earlier: Sequence[str],
+    skipped: Mapping[str, str] | None = None,
+    remark: str = "",
+) -> str:
     """Write `index.md`.
 
     Args:
         rows: for each graph its files, its number of nodes and of operations (None: not counted), and what it is.
         earlier: files of earlier exports that are still there.
+        skipped: format or file -> why it was not written.
+        remark: a line below the table.
 
     Returns:
         A table in Markdown.
     """
     lines = [_MARK, "# Generated graphs", "", "| file | nodes | ops | what it is |", "|---|---|---|---|"]
     for files, nodes, ops, about in rows:
-        escaped = re.sub(r"([|\\`<])", r"\\\1", " ".join(about.split()))
-        cells = [_links(files), *("" if count is None else str(count) for count in (nodes, ops)), escaped]
+        cells = [_links(files), *("" if count is None else str(count) for count in (nodes, ops)), _escaped(about)]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", remark] if remark else []
+    if skipped:
+        lines += ["", "Not written:", "", *(f"- {name}: {_escaped(reason)}" for name, reason in skipped.items())]
     if earlier:
         lines += ["", f"Of earlier exports: {_links(earlier)}"]
     return "\n".join([*lines, ""])
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([|\\`<])", r"\\\1", " ".join(text.split()))
 
 
 def _links(names: Iterable[str]) -> str:

@@ -78,6 +78,28 @@ def python_source(name: str, graph_module: fx.GraphModule, *, about: str = "", r
     return PythonFile("\n\n".join(parts) + "\n\n\n" + body + "\n", writer.constants)
 
 
+def node_lines(name: str, graph: fx.Graph) -> dict[str, str]:
+    """The statement of each node, without its comment.
+
+    Args:
+        name: the graph's name, for error messages.
+        graph: the graph; one without a module of its own is printed as well.
+
+    Returns:
+        Node name -> its line. A node without a Python form has fx's own.
+    """
+    owner = graph.owning_module
+    module = owner if isinstance(owner, fx.GraphModule) else fx.GraphModule(torch.nn.Module(), graph)
+    function = _Function(_Writer(name, reserved=set(_RESERVED)), "forward", module, {})
+    lines: dict[str, str] = {}
+    for node in graph.nodes:
+        try:
+            lines[node.name] = node.name if node.op == "placeholder" else function._statement(node)
+        except (ValueError, AttributeError):
+            lines[node.name] = node.format_node() or node.name
+    return lines
+
+
 @dataclass
 class _Writer:
     """Writes a graph and the graphs it calls as functions; collects what they need from outside."""
