@@ -18,9 +18,10 @@ from ddpn_fx.exporting.snapshots import take
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.optimizer import DDPNOpt
 from ddpn_fx.origins import complete
-from ddpn_fx.passes.capture import borrowed, placeholder_values
+from ddpn_fx.passes.capture import borrowed
 from ddpn_fx.passes.ir import Chain, Kind
 from ddpn_fx.passes.lower import parts
+from ddpn_fx.passes.objective import placeholder_values
 from ddpn_fx.passes.reached import Reached, reached
 from ddpn_fx.replay import replay
 
