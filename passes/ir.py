@@ -90,7 +90,7 @@ class Stage:
 
 # How each rule comes to K_t, for people (``ddpn_fx.passes.rules``).
 HOW = {
-    "linear": "Grams of inputs and cotangents, without per-sample gradients",
+    "linear": "Grams of inputs and cotangents; over many positions per-sample gradients, where these are cheaper",
     "convolution": "Grams of patches and cotangents, or per-sample gradients, whichever is cheaper",
     "embedding": "Grams of cotangents at equal indices, or per-sample gradients, whichever is cheaper",
     "affine": "per-sample gradients, small ones",

@@ -186,7 +186,8 @@ def _untraced(program: Program, names: Signature) -> Callable[..., tuple[Tensor]
 
     def run(*flat: Tensor) -> tuple[Tensor]:
         params, buffers, leaves, vector, state = names.unflatten(flat, program)
-        new_params, new_buffers, new_state, statistics = program.step(params, buffers, leaves, vector, state)
+        with _quiet():
+            new_params, new_buffers, new_state, statistics = program.step(params, buffers, leaves, vector, state)
         for old, new in ((params, new_params), (buffers, new_buffers), (state, new_state)):
             for name, value in new.items():
                 old[name].copy_(value)
@@ -197,6 +198,7 @@ def _untraced(program: Program, names: Signature) -> Callable[..., tuple[Tensor]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """Without torch's note that an operator under ``vmap`` is a loop."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
         yield

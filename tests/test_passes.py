@@ -403,9 +403,6 @@ def test_capture_is_silent():
         torch.set_warn_always(always)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UserWarning, reason="only a traced step hides torch's note on slow batching rules"
-)
 def test_an_untraced_step_is_silent():
     model = Function(lambda m, x: m.head(m.both(x, x)), both=nn.Bilinear(3, 3, 4), head=nn.Linear(4, 3)).double()
     opt = ddpn_fx.DDPNOpt(ddpn_fx.compile(model, loss=F.cross_entropy, disable=True))
