@@ -219,11 +219,11 @@ class DDPNOpt(Optimizer):
         batch = check_batch("DDPNOpt.train_step", args, kwargs, targets)
         net = self.net
         with torch.inference_mode(False), torch.no_grad():
-            args, kwargs, targets = pytree.tree_map_only(Tensor, _normal, (args, kwargs, targets))
-            leaves = pytree.tree_leaves((args, kwargs, targets))
+            leaves, spec = pytree.tree_flatten((args, kwargs, targets))
+            leaves = [_normal(t) if isinstance(t, Tensor) else t for t in leaves]
             params = dict(net.named_parameters(remove_duplicate=False))
             buffers = dict(net.named_buffers(remove_duplicate=False))
-            lowered = self._lowered(args, kwargs, targets, leaves, batch, params, buffers)
+            lowered = self._lowered(leaves, spec, batch, params, buffers)
             vector = self._hyper_vector(params)
             state = self._kept.of(lowered.program, self.state, params)
             with _full_precision(params):
@@ -274,17 +274,14 @@ class DDPNOpt(Optimizer):
 
     def _lowered(
         self,
-        args: Any,
-        kwargs: Any,
-        targets: Any,
         leaves: list[Any],
+        spec: pytree.TreeSpec,
         batch: int,
         params: Mapping[str, nn.Parameter],
         buffers: Mapping[str, Tensor],
     ) -> Lowered:
         """The program for such a batch and the present structure. Optimizers of one net share them."""
         net = self.net
-        _, spec = pytree.tree_flatten((args, kwargs, targets))
         shapes = tuple(
             (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t).__name__, repr(t)) for t in leaves
         )
@@ -293,6 +290,7 @@ class DDPNOpt(Optimizer):
         if present in self._programs:
             return self._programs[present]
         mode = self._mode(params)
+        args, kwargs, targets = pytree.tree_unflatten(leaves, spec)
         chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
         shared = (*key[:2], net._signature(params, buffers), mode)
         if shared not in net._lowered:
