@@ -30,6 +30,7 @@ class Product:
     outputs: int
     positions: int = 1
     first: bool = False
+    padding: float = 1.0  # of the positions in per-sample products
 
     def work(self, batch: int, columns: int, forwards: int, *, contractions: int = 1, form: bool = False) -> int:
         """FLOPs of a layer in a step: forward passes, cotangents, its Gram, its contractions."""
@@ -40,7 +41,7 @@ class Product:
         if self.positions == 1 and not form:
             total += batch**2 * self.inputs + n**2 * self.outputs + contractions * whole
         else:
-            total += columns * whole + n**2 * one + contractions * n * one
+            total += round(self.padding * columns * whole) + n**2 * one + contractions * n * one
         return 2 * total
 
 
@@ -50,7 +51,7 @@ def convolutions() -> tuple[nn.Module, list[Product]]:
         nn.Conv2d(3, 16, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
+        nn.Conv2d(16, 32, 3, padding=1),  # its products are by shifts, over rows of 8 + 2
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
@@ -58,7 +59,12 @@ def convolutions() -> tuple[nn.Module, list[Product]]:
         nn.ReLU(),
         nn.Linear(64, 10),
     )
-    return model, [Product(27, 16, 256, first=True), Product(144, 32, 64), Product(512, 64), Product(64, 10)]
+    return model, [
+        Product(27, 16, 256, first=True),
+        Product(144, 32, 64, padding=10 / 8),
+        Product(512, 64),
+        Product(64, 10),
+    ]
 
 
 class Sequence(nn.Module):

@@ -753,6 +753,24 @@ def test_both_branches_of_the_cost_model_are_equal(columns, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [1, 3])
+def test_products_by_shifts_are_those_with_patches(columns, monkeypatch):
+    """Strides, groups and merged rows keep their patches; all others may do without."""
+    shifted = []
+    for layer in (one for one in COSTED if one.rules == ("convolution",)):
+        at = linearize(layer, 5, columns)
+        want = [r.dense(a) for u, r in at.fresh() for a in u.arguments]
+        monkeypatch.setattr(rules_convolution, "_LEAST_CHANNELS", 1)
+        monkeypatch.setattr(rules_convolution, "_LEAST_WIDTH", 1)
+        got = [(r.dense(a), r._is_weight(a) and r._shifts) for u, r in at.fresh() for a in u.arguments]
+        monkeypatch.undo()
+        shifted += [layer.name] * any(by_shifts for _, by_shifts in got)
+        for (fast, _), slow in zip(got, want, strict=True):
+            close(fast, slow, layer.name)
+    assert {"conv", "conv-padding", "conv-dilation", "conv-few-positions"} <= set(shifted)
+    assert not {"conv-stride", "conv-all", "conv-depthwise", "conv-1x1"} & set(shifted)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
 def test_a_contraction_is_the_same_with_the_columns_at_hand(columns):
     """Where per-sample gradients are formed for K, the contraction is one product with them."""
     for layer in COSTED:

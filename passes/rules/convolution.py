@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ddpn_fx.passes.errors import StagingError
@@ -28,6 +29,10 @@ from ddpn_fx.passes.rules.base import (
 )
 
 aten = torch.ops.aten
+
+# Least channels and width of the output for products by shifts: below, patches are small, or the padding weighs.
+_LEAST_CHANNELS = 16
+_LEAST_WIDTH = 8
 
 
 class Convolution(Rule):
@@ -84,8 +89,44 @@ class Convolution(Rule):
     def _columns(self, argument: fx.Node) -> Tensor:
         if not self._is_weight(argument):
             return self.h.sum(-1).flatten(2)
+        if self._shifts:
+            return self._shifted_products(argument)
         products = self.h @ self.patches[:, None].mT  # (B, R, S, O, I)
         return products.reshape(*products.shape[:2], *self.values[argument].shape)
+
+    @property
+    def _shifts(self) -> bool:
+        """Whether a product for each place of the kernel, on the input as it is, is faster than one with its patches.
+
+        Patches are the input times the kernel's size: to write and read them takes longer than their product. Without
+        strides the input at a place of the kernel is the same rows further on, once cotangents have its row length.
+        """
+        source, weight = cast(tuple[fx.Node, fx.Node], self.node.args[:2])
+        channels, *kernel = self.values[weight].shape[1:]
+        return (
+            self._rows == Layout(0)
+            and self.groups == 1
+            and self._option(3, 1) == [1, 1]
+            and kernel != [1, 1]
+            and channels >= _LEAST_CHANNELS
+            and self.cotangent.shape[-1] >= _LEAST_WIDTH
+            and self.values[source].dim() == 4
+        )
+
+    def _shifted_products(self, argument: fx.Node) -> Tensor:
+        """(B, R, O, C, kh, kw), from B x R O x C products over Ho rows of the padded width."""
+        source = self.values[cast(fx.Node, self.node.args[0])]
+        outputs, channels, *kernel = self.values[argument].shape
+        (ph, pw), (dh, dw) = self._option(4, 0), self._option(5, 1)
+        width = source.shape[3] + 2 * pw
+        height, own = self.cotangent.shape[3:]
+        # One more row below: the last places reach a little past the padded input, where the cotangent is zero.
+        x = F.pad(source.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph + 1)).flatten(1, 2)  # (B, rows, C)
+        h = F.pad(self.cotangent.movedim(2, -1), (0, 0, 0, width - own))  # (R, B, Ho, padded width, O)
+        h = h.flatten(2, 3).mT.movedim(0, 1).flatten(1, 2)  # (B, R O, rows)
+        starts = [i * dh * width + j * dw for i in range(kernel[0]) for j in range(kernel[1])]
+        products = torch.stack([h @ x[:, s : s + height * width] for s in starts], -1)
+        return products.reshape(self.batch, self.columns, outputs, channels, *kernel)
 
     @classmethod
     def product_groups(cls, node: fx.Node, argument: fx.Node) -> int:
