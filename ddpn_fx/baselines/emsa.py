@@ -108,7 +108,7 @@ class EMSA:
         def closure() -> Tensor:
             value, *gradients = value_and_gradient([leaf.detach() for leaf in leaves], self._weight(stages), *given)
             for leaf, gradient in zip(leaves, gradients, strict=True):
-                leaf.grad = gradient
+                leaf.grad = gradient.contiguous()
             return value
 
         search.step(closure)  # type: ignore[no-untyped-call]
