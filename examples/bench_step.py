@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import ddpn_fx
 from ddpn_fx.demo import relu_network, report
+from ddpn_fx.demo.timing import interleaved
 
 INPUTS, CLASSES, BATCHES, LR = 784, 10, 16, 0.1
 
@@ -42,21 +43,6 @@ def compiled_sgd(model: nn.Module, backend: str) -> Callable[[Tensor, Tensor], T
 
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
     return lambda x, y: compiled(parameters, x, y, lr)
-
-
-def interleaved(
-    steps: dict[str, Callable[[Tensor, Tensor], Tensor]], batches: list[tuple[Tensor, Tensor]], repeats: int, warm: int
-) -> dict[str, list[float]]:
-    """Time the steps in turn and return the seconds of each call, without the first `warm` calls of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(warm + repeats):
-        x, y = batches[repeat % len(batches)]
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step(x, y)
-            if repeat >= warm:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def options() -> argparse.Namespace:

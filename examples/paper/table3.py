@@ -36,7 +36,7 @@ from ddpn_fx.demo.compare import one_thread
 
 FEED_FORWARD = [
     Task("digits", "digits", (20,) * 4, "tanh", "identity", 16, 1000, 1000, 5, 2),
-    Task("wine", "wine", (10,) * 4, "tanh", "sigmoid", 8, 300, 300, 5, 2),
+    Task("wine", "wine", (10,) * 4, "tanh", "sigmoid", 8, 300, 300, 5, 2, "eager"),
     Task("mnist", "mnist", (32,) * 4, "relu", "identity", 32, 2000, 600, 3),
     Task("fashion", "fashion_mnist", (32,) * 4, "relu", "identity", 32, 2000, 600, 3),
 ]
