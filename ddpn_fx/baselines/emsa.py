@@ -5,7 +5,7 @@ Hamiltonian ``H_t(x, p, u) = <p, f_t(x, u)>``, an optimal u_t minimises H_t alon
 successive approximations simulates, solves the costates backward, and minimises H_t in u_t for every stage by itself.
 That diverges where the new u leaves the trajectory behind, so the extended Hamiltonian holds it: with sample i of B,
 
-    1/B sum_i  <p_{t+1}, f_t(x_t, u)>  +  rho/2 |x_{t+1} - f_t(x_t, u)|^2  +  rho/2 |p_t - grad_x H_t(x_t, p_{t+1}, u)|^2
+    1/B sum_i  <p_{t+1}, f_t(x_t, u)> + rho/2 |x_{t+1} - f_t(x_t, u)|^2 + rho/2 |p_t - grad_x H_t(x_t, p_{t+1}, u)|^2
 
 is minimised over u by a few iterations of L-BFGS. At the present u_t both penalties and their gradients are zero: the
 first direction is the gradient of the loss, whatever rho. (Li et al. write H, p with the other sign, and maximise.)
@@ -111,7 +111,7 @@ class EMSA:
                 leaf.grad = gradient.contiguous()
             return value
 
-        search.step(closure)  # type: ignore[no-untyped-call]
+        search.step(closure)
         if not all(bool(leaf.isfinite().all()) for leaf in leaves):
             return {}
         return {n: leaf.detach() for n, leaf in zip(names, leaves, strict=True)}
@@ -126,7 +126,7 @@ class EMSA:
         def program(controls: list[Tensor], rho: Tensor, context: list[Tensor], *given: list[Tensor]) -> list[Tensor]:
             def value(controls: list[Tensor]) -> Tensor:
                 named = dict(zip(names, controls, strict=True))
-                return extended_hamiltonian(stages, t, named, rho, *given, context=context)  # type: ignore[misc]
+                return extended_hamiltonian(stages, t, named, rho, *given, context=context)
 
             gradients, found = torch.func.grad_and_value(value)(controls)
             return [found, *gradients]

@@ -73,7 +73,15 @@ class DenseStages(BatchStages):
             x = self.xs[t]
             n, m = x.numel(), u.numel()
             fx, fu = jacrev(lambda x, u, t=t: self.step(t, x, u), argnums=(0, 1))(x, u)
-            new = (fx, fu, x.new_zeros(n), x.new_zeros(m), x.new_zeros(n, n), x.new_zeros(m, n), mu * torch.eye(m).to(x))
+            new = (
+                fx,
+                fu,
+                x.new_zeros(n),
+                x.new_zeros(m),
+                x.new_zeros(n, n),
+                x.new_zeros(m, n),
+                mu * torch.eye(m).to(x),
+            )
             for name, part in zip(parts, new, strict=True):
                 parts[name].append(part)
         return Expansion(**parts, Vx=grad(self.cost)(self.xs[-1]), Vxx=jacrev(grad(self.cost))(self.xs[-1]))
@@ -175,9 +183,7 @@ class VanillaDDP:
     def _policy(self, stages: DenseStages) -> Policy | None:
         """The policy at the least mu from the present one on at which every Quu is positive definite."""
         for _ in range(MOST_TRIES):
-            policy = backward_pass(
-                stages.expand(self.mu), curvature=stages.curvature if self.second_order else None
-            )
+            policy = backward_pass(stages.expand(self.mu), curvature=stages.curvature if self.second_order else None)
             if bool(policy.ok):
                 return policy
             self._adapt(schedule.raised)

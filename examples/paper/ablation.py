@@ -15,8 +15,21 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from common import Arena, Arenas, Method, Record, Runner, Task, TrainStep, adjusted, facts, key_of, parser, progress
-from common import table, write_page
+from common import (
+    Arena,
+    Arenas,
+    Method,
+    Record,
+    Runner,
+    Task,
+    TrainStep,
+    adjusted,
+    facts,
+    parser,
+    progress,
+    table,
+    write_page,
+)
 
 import ddpn_fx
 from ddpn_fx.data import require
@@ -74,8 +87,8 @@ def main() -> int:
 
     parts = [
         "# Fig. 4: feedback on minus feedback off, DIGITS",
-        f"Test accuracy in points, mean of {task.seeds} seeds; {task.describe()}. In brackets the accuracy with feedback "
-        "off. Both runs of a difference have the same step size, weight decay, weights and batches.",
+        f"Test accuracy in points, mean of {task.seeds} seeds; {task.describe(search=False)}. In brackets the accuracy "
+        "with feedback off. Both runs of a difference have the same step size, weight decay, weights and batches.",
     ]
     for form in FORMS[1:]:
         for metric, lrs in STEP_SIZES.items():
@@ -94,7 +107,8 @@ def main() -> int:
     heat(options.out / "ablation.png", mean)
     curves(options.out / "ablation_curves.png", cells, task)
     parts += [
-        f"Mean clamps a step in the paper's form (of {task.batch_size} samples x 5 stages = {task.batch_size * 5}):",
+        f"Clamps a step in the paper's form, of {task.batch_size} samples (a value function that is clamped at 0 stays "
+        "0 in all stages below, so a sample counts once):",
         table(
             ("preconditioner", "step size", "clamps"),
             [

@@ -90,16 +90,17 @@ class Task:
             layers.append(nn.Sigmoid())
         return nn.Sequential(*layers)
 
-    def describe(self) -> str:
+    def describe(self, *, search: bool = True) -> str:
         """The task in a line, without the name of its data."""
         if self.convolutional:
             shape = "4 convolutions 3x3 of 32 channels (strides 2, 2, 1, 1), dense 64 and the classes"
         else:
             shape = "hidden layers " + "-".join(map(str, self.widths))
         sigmoid = ", sigmoid output" if self.output == "sigmoid" else ""
+        searched = f" ({self.search_steps} and {self.search_seeds} in the search)" if search else ""
         return (
-            f"{shape}, {self.activation}{sigmoid}, batch {self.batch_size}, {self.steps} steps, {self.seeds} seeds "
-            f"({self.search_steps} and {self.search_seeds} in the search), backend {self.backend}"
+            f"{shape}, {self.activation}{sigmoid}, batch {self.batch_size}, {self.steps} steps, {self.seeds} seeds"
+            f"{searched}, backend {self.backend}"
         )
 
 
@@ -335,7 +336,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS, help="(default: %(default)s)")
     parser.add_argument("--seeds", metavar="N", type=int, help="trainings of each, in the place of each task's own")
-    parser.add_argument("--steps", metavar="N", type=int, help="steps of every training, in the place of each task's own")
+    parser.add_argument(
+        "--steps", metavar="N", type=int, help="steps of every training, in the place of each task's own"
+    )
     parser.add_argument("--backend", help="of torch.compile, in the place of each task's own")
     return parser
 

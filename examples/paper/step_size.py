@@ -69,12 +69,16 @@ def main() -> int:
                 fell[m.name, lr] = sum(c.get("diverged", False) for c in cells)
     parts = [
         "# Accuracy against step size, DIGITS",
-        f"Test accuracy in per cent, mean of {task.seeds} seeds; {task.describe()}. A step size after a number is that "
-        "of the column's place in the method's own three decades; † marks a loss that was not finite.",
+        f"Test accuracy in per cent, mean of {task.seeds} seeds; {task.describe(search=False)}. † marks a loss "
+        "that was not finite.",
     ]
     for grid, title in ((WIDE, "0.03 to 30"), (MIDDLE, "0.003 to 3"), (LOW, "0.0001 to 0.1")):
         rows = [
-            (m.name, *(f"{means[m.name][lr]:.1f}{'†' if fell[m.name, lr] else ''}" for lr in grid), f"{width(means[m.name]):d}")
+            (
+                m.name,
+                *(f"{means[m.name][lr]:.1f}{'†' if fell[m.name, lr] else ''}" for lr in grid),
+                f"{width(means[m.name]):d}",
+            )
             for m in methods
             if m.grid == grid
         ]

@@ -55,13 +55,55 @@ METHODS = [
     *METRICS,
 ]
 PAPER = {  # the paper's Table 3, in per cent; WINE is in its appendix without a figure
-    "SGD": {"digits": 95.36, "mnist": 92.65, "fashion": 82.49, "mnist-cnn": 97.66, "svhn-cnn": 88.05, "cifar10-cnn": 68.95},
-    "RMSprop": {"digits": 94.33, "mnist": 91.89, "fashion": 83.87, "mnist-cnn": 98.05, "svhn-cnn": 88.41, "cifar10-cnn": 70.52},
-    "Adam": {"digits": 94.98, "mnist": 92.54, "fashion": 84.36, "mnist-cnn": 98.04, "svhn-cnn": 87.76, "cifar10-cnn": 70.04},
-    "EKFAC": {"digits": 95.24, "mnist": 92.73, "fashion": 84.12, "mnist-cnn": 98.02, "svhn-cnn": 90.63, "cifar10-cnn": 71.85},
-    "E-MSA": {"digits": 94.87, "mnist": 90.24, "fashion": 82.04, "mnist-cnn": 96.48, "svhn-cnn": 79.45, "cifar10-cnn": 61.42},
+    "SGD": {
+        "digits": 95.36,
+        "mnist": 92.65,
+        "fashion": 82.49,
+        "mnist-cnn": 97.66,
+        "svhn-cnn": 88.05,
+        "cifar10-cnn": 68.95,
+    },
+    "RMSprop": {
+        "digits": 94.33,
+        "mnist": 91.89,
+        "fashion": 83.87,
+        "mnist-cnn": 98.05,
+        "svhn-cnn": 88.41,
+        "cifar10-cnn": 70.52,
+    },
+    "Adam": {
+        "digits": 94.98,
+        "mnist": 92.54,
+        "fashion": 84.36,
+        "mnist-cnn": 98.04,
+        "svhn-cnn": 87.76,
+        "cifar10-cnn": 70.04,
+    },
+    "EKFAC": {
+        "digits": 95.24,
+        "mnist": 92.73,
+        "fashion": 84.12,
+        "mnist-cnn": 98.02,
+        "svhn-cnn": 90.63,
+        "cifar10-cnn": 71.85,
+    },
+    "E-MSA": {
+        "digits": 94.87,
+        "mnist": 90.24,
+        "fashion": 82.04,
+        "mnist-cnn": 96.48,
+        "svhn-cnn": 79.45,
+        "cifar10-cnn": 61.42,
+    },
     "vanilla DDP": {"digits": 91.68},
-    "DDPNOpt": {"digits": 95.13, "mnist": 93.30, "fashion": 84.98, "mnist-cnn": 98.09, "svhn-cnn": 90.70, "cifar10-cnn": 71.92},
+    "DDPNOpt": {
+        "digits": 95.13,
+        "mnist": 93.30,
+        "fashion": 84.98,
+        "mnist-cnn": 98.09,
+        "svhn-cnn": 90.70,
+        "cifar10-cnn": 71.92,
+    },
 }
 WHOLE = ("digits", "mnist", "fashion", "mnist-cnn")  # data sets that are whole here and in the paper's table
 
@@ -140,7 +182,10 @@ def page(record: Record, tasks: list[Task], summaries: dict[Any, Any], verdict: 
         "Test accuracy in per cent, mean ± sample deviation over the seeds, the chosen step size (rho for E-MSA, the "
         "least regularisation for vanilla DDP) in brackets. It was chosen on a sixth of the training set. "
         "SVHN-11k is not the official split, and CIFAR-10 has 30,000 of its 50,000 training images: their columns "
-        "are not comparable with the paper's. The paper does not say for how many steps it trains."
+        "are not comparable with the paper's. The paper does not say for how many steps it trains. E-MSA, whose step "
+        "is ten minimisations a stage, takes a fifth of the others' steps, vanilla DDP a tenth, both with 3 seeds at "
+        "most. An "
+        "empty place was not run."
     )
     cost = [
         (name, *(f"{1e3 * s['seconds'] / s['steps']:.1f}" if (s := summaries[t.key, name]) else "" for t in tasks))
@@ -169,27 +214,37 @@ def _entry(found: dict[str, Any] | None) -> str:
 
 def judge(summaries: dict[Any, Any]) -> tuple[bool, list[str]]:
     """Whether the claim holds on the data sets that are whole here, and a line for each data set."""
-    holds, lines = True, []
+    failed, missing, lines = [], [], []
     for task in TASKS:
         have = {name: s for (key, name), s in summaries.items() if key == task.key and s}
         mine = {n: s for n, s in have.items() if ours(n)}
         others = {n: s for n, s in have.items() if not ours(n)}
         if not mine or not others:
+            missing += [task.key] if task.key in WHOLE else []
             continue
         best = max(mine, key=lambda n: mine[n]["mean"])
         rival = max(others, key=lambda n: others[n]["mean"])
         above = mine[best]["mean"] - others[rival]["mean"]
-        text = f"- {task.key}: best form of DDPNOpt {mine[best]['mean']:.2f} ({best}), best baseline {others[rival]['mean']:.2f} ({rival}): {above:+.2f}"
+        text = f"- {task.key}: best form of DDPNOpt {_figure(mine[best])} ({best}), best baseline "
+        text += f"{_figure(others[rival])} ({rival}): {above:+.2f}"
         good = above >= 0
         if task.key in WHOLE:
             theirs = PAPER["DDPNOpt"][task.key]
             gap = mine[best]["mean"] - theirs
             text += f"; the paper's DDPNOpt {theirs:.2f}: {gap:+.2f}"
             good &= gap >= 0
-            holds &= good
-        lines.append(text + ("" if good else " FAILS"))
-    first = "The claim (at or above the paper's DDPNOpt and the best baseline, on each data set that is whole here): "
-    return holds, [first + ("holds." if holds else "FAILS."), "", *lines]
+            failed += [] if good else [task.key]
+        lines.append(text)
+    says = f"fails on {', '.join(failed)}" if failed else "holds"
+    says += f"; not run: {', '.join(missing)}" if missing else ""
+    first = (
+        f"The claim, at or above the paper's DDPNOpt and the best baseline on each data set that is whole here: {says}."
+    )
+    return not failed and not missing, [f"{first}{says}.", "", *lines]
+
+
+def _figure(found: dict[str, Any]) -> str:
+    return f"{found['mean']:.2f} ± {found['deviation']:.2f}"
 
 
 def picture(path: Any, tasks: list[Task], summaries: dict[Any, Any]) -> None:
@@ -216,7 +271,9 @@ def picture(path: Any, tasks: list[Task], summaries: dict[Any, Any]) -> None:
         axes.grid(axis="x", color="#dddddd", lw=0.8)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    figure.supxlabel("test accuracy, %: a dashed line is the paper's DDPNOpt; methods left of a panel are off its scale", fontsize=8)
+    figure.supxlabel(
+        "test accuracy, %: a dashed line is the paper's DDPNOpt; methods left of a panel are off its scale", fontsize=8
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
 
