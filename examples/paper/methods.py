@@ -1,4 +1,4 @@
-"""The methods of Table 3 and the step sizes that are searched for each: Table 4's ranges, three values of each.
+"""The methods of Table 3 and the step sizes that are searched for each: Table 4's ranges, three or four values of each.
 
 Table 4 has no range for DDPNOpt: with a metric it is searched in the range of the method that it extends, the identity
 in the paper's form in SGD's, and our default, which has one step size for all, at 0.3, 1 and 3. E-MSA is searched over
@@ -20,7 +20,7 @@ from ddpn_fx.baselines import EMSA, VanillaDDP
 
 SGD = (0.07, 0.2, 0.5)
 ADAPTIVE = (7e-4, 3e-3, 1e-2)
-KRONECKER = (0.01, 0.05, 0.3)
+KRONECKER = (0.003, 0.01, 0.05, 0.3)  # the first below Table 4: there our EKFAC is at its best
 OURS = (0.3, 1.0, 3.0)
 RHO = (1.0, 10.0, 100.0)
 DAMPING = (0.1, 1.0, 10.0)
