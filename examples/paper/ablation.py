@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from common import (
@@ -142,7 +142,8 @@ def heat(path: Path, mean: Callable[[str, str, float, float], float]) -> None:
             image = axes.imshow(gain, cmap="RdBu", vmin=-20, vmax=20, aspect="auto")
             for i, line in enumerate(gain):
                 for j, value in enumerate(line):
-                    axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=8)
+                    color = "white" if abs(value) > 12 else "black"
+                    axes.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=color)
             axes.set_xticks(range(len(lrs)), [f"{lr:g}" for lr in lrs])
             axes.set_yticks(range(len(DECAYS)), [f"{d:g}" for d in DECAYS])
             axes.set_title(f"{form}, {metric}, over {PLAIN[metric]}", fontsize=9)
@@ -153,7 +154,7 @@ def heat(path: Path, mean: Callable[[str, str, float, float], float]) -> None:
 
 
 def curves(path: Path, cells: dict[Any, dict[str, Any]], task: Task) -> None:
-    """The training loss at each preconditioner's largest step size and least decay, mean and spread over the seeds."""
+    """The training loss at each preconditioner's largest step size and least decay, mean and range of the seeds."""
     figure = require("matplotlib.figure").Figure(figsize=(10, 3.2), layout="constrained")
     colors = {"off": "#0072b2", "paper's form": "#888888", "ours": "#c1272d"}
     for axes, (metric, lrs) in zip(figure.subplots(1, len(STEP_SIZES)), STEP_SIZES.items(), strict=True):
@@ -167,10 +168,9 @@ def curves(path: Path, cells: dict[Any, dict[str, Any]], task: Task) -> None:
             if not points:
                 continue
             xs, means = [p[0] for p in points], [fmean(p[1]) for p in points]
-            spread = [stdev(p[1]) if len(p[1]) > 1 else 0.0 for p in points]
             label = PLAIN[metric] if form == "off" else form
             axes.plot(xs, means, color=colors[form], label=label)
-            low, high = ([max(m + s * d, 1e-3) for m, d in zip(means, spread, strict=True)] for s in (-1, 1))
+            low, high = [min(p[1]) for p in points], [max(p[1]) for p in points]
             axes.fill_between(xs, low, high, color=colors[form], alpha=0.2)
         axes.set(yscale="log", xlabel="step", title=f"{metric}, step size {lrs[-1]:g}")
         axes.legend(frameon=False, fontsize=8)

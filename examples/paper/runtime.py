@@ -106,6 +106,8 @@ def peak_bytes(step: TrainStep, x: Tensor, y: Tensor) -> int:
 
 def picture(path: Path, found: dict[str, dict[int, Any]]) -> None:
     """A row a network: time and memory against the batch size."""
+    colors = require("matplotlib").colormaps["tab20"]
+    of_name = {m.name: colors(i / 20) for i, m in enumerate(METHODS)}
     figure = require("matplotlib.figure").Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplots(len(found), 2, squeeze=False)
     for row, (key, of) in zip(panels, found.items(), strict=True):
@@ -114,9 +116,11 @@ def picture(path: Path, found: dict[str, dict[int, Any]]) -> None:
             for name in of[sizes[0]]:
                 ours = name.startswith("DDPNOpt")
                 style = "-o" if ours else "--s"
-                axes.plot(sizes, [of[s][name][what] / scale for s in sizes], style, ms=3, lw=1.2, label=name)
+                values = [of[s][name][what] / scale for s in sizes]
+                axes.plot(sizes, values, style, ms=3, lw=1.2, label=name, color=of_name[name])
             axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel=f"{unit} a step", title=key)
-            axes.set_xticks(sizes, [str(s) for s in sizes], minor=False)
+            axes.set_xticks(sizes, [str(s) for s in sizes])
+            axes.set_xticks([], minor=True)
         row[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=160)
 
