@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ddpn_fx
-from ddpn_fx.data import FOLDER_VARIABLE, Dataset, load, require
+from ddpn_fx.data import FOLDER_VARIABLE, IMAGES, Dataset, load, require
 from ddpn_fx.demo import report
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
@@ -71,6 +71,11 @@ class Task:
         """Whether the network is the convolutional one."""
         return not self.widths
 
+    @property
+    def images(self) -> bool:
+        """Whether the data are photographs or scans of some size, not tables or 8x8 digits."""
+        return self.data in IMAGES
+
     def network(self, data: Dataset) -> nn.Sequential:
         """The network with new random weights, from a sample to the classes' logits."""
         activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[self.activation]
@@ -112,11 +117,12 @@ class Method:
         name: its row.
         grid: step sizes (or the number named by ``unit``).
         make: ``make(arena, value)`` is a training step on the arena's module in its present state.
-        few: the part of the grid that is searched on a convolutional network, where a step is dear.
+        few: the part of the grid that is searched where a step is dear: on convolutional networks, and by a slow
+            method on any images.
         only: keys of the tasks it is run on; None: all.
         unit: what the grid's numbers are.
         share: of the others' steps that it takes, for one whose steps are many times as dear.
-        slow: whether a step is dear on a convolutional network.
+        slow: whether a step is dear on images, where a layer's factors are large.
     """
 
     name: str
@@ -137,7 +143,11 @@ class Method:
 
     def grid_on(self, task: Task) -> tuple[float, ...]:
         """The step sizes that are searched on a task."""
-        return self.few if task.convolutional and self.few else self.grid
+        return self.few if self.few and (task.convolutional or self.dear(task)) else self.grid
+
+    def dear(self, task: Task) -> bool:
+        """Whether a step takes many times as long as SGD's on a task: a slow method on images."""
+        return self.slow and task.images
 
 
 class Arena:
@@ -229,16 +239,16 @@ class Record:
     def read(self) -> None:
         """Take in the cells of the file, which another process may have added."""
         if self.path.is_file():
-            self.cells |= json.loads(self.path.read_text(encoding="utf-8"))["cells"]
+            self.cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"] | self.cells
 
     def add(self, key: str, cell: dict[str, Any]) -> None:
         """Keep a cell and write the file; a stop in the middle leaves the old one."""
-        self.read()
         self.cells[key] = cell
         self.write()
 
     def write(self) -> None:
-        """Write all cells, with the machine and the versions of now."""
+        """Write all cells, those that another process has added included, with the machine and the versions of now."""
+        self.read()
         record = report.environment() | self.facts | {"cells": self.cells}
         other = self.path.with_suffix(".tmp")
         report.write_json(other, record)

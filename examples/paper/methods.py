@@ -95,6 +95,13 @@ WHOLE_BOUND = Method("DDPNOpt, whole bound", OURS, ddpnopt(rank=None), only=FEED
 METRICS = [
     Method("DDPNOpt, diagonal", ADAPTIVE, ddpnopt(preconditioner="diagonal"), ADAPTIVE[:2]),
     Method("DDPNOpt, factored", ADAPTIVE, ddpnopt(preconditioner="factored"), ADAPTIVE[:2]),
-    Method("DDPNOpt, kronecker", KRONECKER, ddpnopt(preconditioner="kronecker"), only=FEED_FORWARD),
+    Method(
+        "DDPNOpt, kronecker",
+        KRONECKER,
+        ddpnopt(preconditioner="kronecker"),
+        KRONECKER[:2],
+        only=FEED_FORWARD,
+        slow=True,
+    ),
     Method("DDPNOpt, eigen-kronecker", KRONECKER, ddpnopt(preconditioner="eigen-kronecker"), KRONECKER[:2], slow=True),
 ]

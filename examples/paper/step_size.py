@@ -31,6 +31,14 @@ GROUPS = {
         Method("DDPNOpt", WIDE, ddpnopt()),
         Method("DDPNOpt, nonlinear rollout", WIDE, ddpnopt(rollout="nonlinear")),
     ],
+    "from the paper's form to ours": [
+        Method("DDPNOpt, paper's form", WIDE, paper()),
+        Method("the same, batch coupling", WIDE, paper(coupling="batch")),
+        Method("the same, Gauss-Newton Q_uu", WIDE, paper(quu="gauss-newton")),
+        Method("the same, both", WIDE, paper(coupling="batch", quu="gauss-newton")),
+        Method("DDPNOpt, nonlinear rollout", WIDE, ddpnopt(rollout="nonlinear")),
+        Method("DDPNOpt", WIDE, ddpnopt()),
+    ],
     "models of the loss": [
         Method("DDPNOpt", WIDE, ddpnopt()),
         Method("bound, all columns", WIDE, ddpnopt(rank=None)),
@@ -84,6 +92,10 @@ def main() -> int:
         ]
         header = (f"step size {title}", *(f"{lr:g}" for lr in grid), "within 2 points of its best")
         parts.append(table(header, rows))
+    parts.append(
+        '"The same" is the paper\'s form with one thing changed: the batch as one system, Q_uu with its curvature, or '
+        'both; what is left between "both" and DDPNOpt with the nonlinear rollout is the model of the loss.'
+    )
     picture(options.out / "step_size.png", means)
     parts.append("![accuracy against step size](step_size.png)")
     write_page(options.out / "step_size.md", *parts)
@@ -97,7 +109,7 @@ def width(found: dict[float, float]) -> int:
 
 def picture(path: Path, means: dict[str, dict[float, float]]) -> None:
     """A panel a group of methods."""
-    figure = require("matplotlib.figure").Figure(figsize=(13, 3.8), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(15, 3.8), layout="constrained")
     for axes, (title, group) in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS.items(), strict=True):
         for m in group:
             found = means[m.name]
@@ -105,7 +117,7 @@ def picture(path: Path, means: dict[str, dict[float, float]]) -> None:
             axes.plot(list(found), list(found.values()), marker="o", ms=3, label=m.name, **style)
         axes.set(xscale="log", xlabel="step size", title=title, ylim=(0, 100))
         axes.grid(axis="y", color="#dddddd", lw=0.8)
-        axes.legend(frameon=False, fontsize=7, loc="lower left")
+        axes.legend(frameon=False, fontsize=6, loc="lower left")
     figure.supylabel("test accuracy, %")
     figure.savefig(path, dpi=160)
 

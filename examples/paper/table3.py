@@ -128,7 +128,7 @@ def main() -> int:
     record = Record(options.out / "table3.json", facts(adjusted(TASKS, options), paper=PAPER))
     arenas = Arenas(options.data)
     work = [(m.adapted(t), m) for t in tasks for m in methods if m.only is None or t.key in m.only]
-    work.sort(key=lambda pair: pair[1].share < 1 or (pair[0].convolutional and pair[1].slow))  # the dear ones last
+    work.sort(key=lambda pair: pair[1].share < 1 or (pair[1].dear(pair[0])))  # the dear ones last
     with one_thread(), progress(sum(t.seeds + t.search_seeds * len(m.grid_on(t)) for t, m in work)) as bar:
         runner = Runner(record, bar)
         for task, method in work:
