@@ -252,7 +252,7 @@ def test_what_has_no_stages_of_its_own_is_refused(make):
         (lambda n: EMSA(n, line_search="armijo"), "line_search"),
         (lambda n: VanillaDDP(n, regularization=0.0), "regularization"),
         (lambda n: VanillaDDP(n, armijo=-1.0), "armijo"),
-        (lambda n: VanillaDDP(n, step_sizes=()), "step_sizes"),
+        (lambda n: VanillaDDP(n, step_sizes=()), "VanillaDDP: step_sizes"),
     ],
 )
 def test_numbers_out_of_range_are_refused(make, match):

@@ -139,7 +139,7 @@ class VanillaDDP:
     ) -> None:
         self.net = check_net("VanillaDDP", net)
         self.regularization = number("VanillaDDP", "regularization", regularization, least=0.0)
-        self.step_sizes = check_step_sizes(step_sizes)
+        self.step_sizes = check_step_sizes(step_sizes, "VanillaDDP")
         self.armijo = None if armijo is None else number("VanillaDDP", "armijo", armijo, least=0.0, open_=False)
         self.second_order = bool(second_order)
         self.mu, self._delta = self.regularization, 1.0
