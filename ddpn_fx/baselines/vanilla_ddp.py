@@ -182,8 +182,10 @@ class VanillaDDP:
 
     def _policy(self, stages: DenseStages) -> Policy | None:
         """The policy at the least mu from the present one on at which every Quu is positive definite."""
+        expansion = stages.expand(1.0)
         for _ in range(MOST_TRIES):
-            policy = backward_pass(stages.expand(self.mu), curvature=stages.curvature if self.second_order else None)
+            proximal = expansion._replace(luu=[self.mu * one for one in expansion.luu])
+            policy = backward_pass(proximal, curvature=stages.curvature if self.second_order else None)
             if bool(policy.ok):
                 return policy
             self._adapt(schedule.raised)
