@@ -195,9 +195,9 @@ def test_vanilla_ddp_lowers_the_loss_and_says_what_it_did(second_order):
     _, net = pair()
     x, y = batch()
     method = VanillaDDP(net, regularization=0.1, second_order=second_order)
-    losses = [float(method.train_step(x, y)) for _ in range(5)]
+    losses = [float(method.train_step(x, y)) for _ in range(3)]
     assert all(after <= before for before, after in itertools.pairwise(losses))
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     assert method.stats["step_size"] in (1.0, 0.5, 0.25, 0.125)
     assert method.stats["predicted_decrease"] > 0
     assert method.stats["mu"] >= 0.1
