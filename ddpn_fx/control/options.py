@@ -45,13 +45,13 @@ def check_options(
         raise ValueError(f"{CALL}: compile={compile!r} must be True, False or a backend of torch.compile")
 
 
-def check_step_sizes(step_sizes: Any) -> tuple[float, ...]:
-    """The candidates of the line search as a tuple.
+def check_step_sizes(step_sizes: Any, call: str = CALL) -> tuple[float, ...]:
+    """The candidates of the line search as a tuple; `call` is whose they are, for the error.
 
     Raises:
         ValueError: empty, outside (0, 1], or not descending.
     """
     sizes = tuple(float(size) for size in step_sizes)
     if not sizes or not all(0.0 < size <= 1.0 for size in sizes) or any(a <= b for a, b in pairwise(sizes)):
-        raise ValueError(f"{CALL}: step_sizes={sizes} must be numbers in (0, 1], the largest first, none twice")
+        raise ValueError(f"{call}: step_sizes={sizes} must be numbers in (0, 1], the largest first, none twice")
     return sizes

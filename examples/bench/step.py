@@ -21,18 +21,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import Problem, problems
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddpn_fx
 from ddpn_fx.demo import report
+from ddpn_fx.demo.timing import interleaved, peak_bytes
 
 Step = Callable[[Tensor, Tensor], Tensor]
 LR = 0.01
@@ -66,8 +66,6 @@ class Contestant:
     held: Callable[[], list[Tensor]]
     flops: int | None = None
     first: float = 0.0
-    seconds: list[float] = field(default_factory=list)
-    peak: int = 0
 
 
 def compiled_sgd(model: nn.Module, loss: Callable[..., Tensor], backend: str) -> Step:
@@ -157,26 +155,6 @@ def graph_flops(step: Any) -> int:
     return counter.get_total_flops()
 
 
-def transient(step: Step, x: Tensor, y: Tensor) -> int:
-    """The most bytes that were allocated at one time in a step, of those that it allocated itself."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(x, y)
-    events: list[tuple[int, int]] = []
-
-    def collect(nodes: Any) -> None:
-        for node in nodes:
-            if node.tag == torch._C._profiler._EventType.Allocation:
-                events.append((node.start_time_ns, node.extra_fields.alloc_size))
-            collect(node.children)
-
-    collect(profiler.profiler.kineto_results.experimental_event_tree())
-    now = most = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        now += size
-        most = max(most, now)
-    return most
-
-
 def size_of(tensors: list[Tensor]) -> int:
     """Bytes of distinct tensors."""
     return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
@@ -196,23 +174,18 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
         started = time.perf_counter()
         contestant.step(*batches[0])
         contestant.first = time.perf_counter() - started
-    for repeat in range(chosen.warm + chosen.repeats):
-        x, y = batches[repeat % len(batches)]
-        for contestant in field_.values():
-            started = time.perf_counter()
-            contestant.step(x, y)
-            if repeat >= chosen.warm:
-                contestant.seconds.append(time.perf_counter() - started)
+    steps = {method: contestant.step for method, contestant in field_.items()}
+    seconds = interleaved(steps, batches, chosen.repeats, chosen.warm)
     rows = {}
     for method, contestant in field_.items():
         if method in OPTIONS:
             contestant.flops = graph_flops(contestant.step)
         held = size_of([*contestant.held(), *batches[0]])
         rows[method] = {
-            "median_ms": 1e3 * statistics.median(contestant.seconds),
-            "deciles_ms": [1e3 * q for q in statistics.quantiles(contestant.seconds, n=10)[::8]],
+            "median_ms": 1e3 * statistics.median(seconds[method]),
+            "deciles_ms": [1e3 * q for q in statistics.quantiles(seconds[method], n=10)[::8]],
             "flops": contestant.flops,
-            "peak_bytes": held + transient(contestant.step, *batches[0]),
+            "peak_bytes": held + peak_bytes(contestant.step, *batches[0]),
             "first_call_s": contestant.first,
         }
         rows[method] |= {

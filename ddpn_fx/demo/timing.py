@@ -1,0 +1,50 @@
+"""What a training step takes: times that can be compared on a machine that does other work too, and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[Tensor, Tensor], object]],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    repeats: int,
+    warm: int,
+) -> dict[str, list[float]]:
+    """Time training steps in turn, so that what else the machine does falls on all alike.
+
+    Args:
+        steps: by name, each called with a batch.
+        batches: used in turn.
+        repeats: timed calls of each step.
+        warm: calls of each before the timed ones.
+
+    Returns:
+        The seconds of each timed call.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(warm + repeats):
+        x, y = batches[repeat % len(batches)]
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step(x, y)
+            if repeat >= warm:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def peak_bytes(step: Callable[[Tensor, Tensor], object], x: Tensor, y: Tensor) -> int:
+    """The most bytes that the tensors of a step take on the CPU, beside those that were there before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step(x, y)
+    results = recorded.profiler.kineto_results if recorded.profiler is not None else None
+    events = [] if results is None else [e for e in results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
