@@ -237,10 +237,8 @@ def judge(summaries: dict[Any, Any]) -> tuple[bool, list[str]]:
         lines.append(text)
     says = f"fails on {', '.join(failed)}" if failed else "holds"
     says += f"; not run: {', '.join(missing)}" if missing else ""
-    first = (
-        f"The claim, at or above the paper's DDPNOpt and the best baseline on each data set that is whole here: {says}."
-    )
-    return not failed and not missing, [f"{first}{says}.", "", *lines]
+    claim = "The claim, at or above the paper's DDPNOpt and the best baseline on each data set that is whole here"
+    return not failed and not missing, [f"{claim}: {says}.", "", *lines]
 
 
 def _figure(found: dict[str, Any]) -> str:
