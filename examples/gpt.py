@@ -21,11 +21,12 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-import torch.nn.functional as F
+from bench.models import GPT, positions
 from torch import Tensor, nn
 
 import ddpn_fx
 from ddpn_fx.demo import report
+from ddpn_fx.demo.compare import plain_step
 from ddpn_fx.preconditioners import Diagonal, Factored
 
 WIDTH, HEADS, BLOCKS, POSITIONS, BATCH = 64, 4, 2, 64, 32
@@ -50,42 +51,6 @@ def draw(codes: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor,
     return rows[:, :-1], rows[:, 1:]
 
 
-class Block(nn.Module):
-    """Causal attention and a layer of four times the width, each after a norm and around a skip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, P, WIDTH) -> the same."""
-        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """Characters (B, P) -> logits (B, P, alphabet)."""
-
-    def __init__(self, alphabet: int) -> None:
-        super().__init__()
-        self.token, self.position = nn.Embedding(alphabet, WIDTH), nn.Parameter(0.02 * torch.randn(POSITIONS, WIDTH))
-        nn.init.normal_(self.token.weight, std=0.02)
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, alphabet)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Logits of the character after each."""
-        return self.head(self.norm(self.blocks(self.token(t) + self.position[: t.shape[1]])))
-
-
-def positions(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy over positions and samples."""
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-
 @dataclass(frozen=True)
 class Method:
     """A row: its name, step size, and what makes the training step of a model."""
@@ -99,16 +64,7 @@ def plain(optimizer: Callable[..., torch.optim.Optimizer]) -> Callable[[nn.Modul
     """The usual training step."""
 
     def make(model: nn.Module, lr: float) -> Callable[..., Tensor]:
-        opt = optimizer(model.parameters(), lr=lr)
-
-        def step(x: Tensor, y: Tensor) -> Tensor:
-            opt.zero_grad()
-            loss = positions(model(x), y)
-            loss.backward()
-            opt.step()
-            return loss.detach()
-
-        return step
+        return plain_step(model, optimizer(model.parameters(), lr=lr), loss=positions)
 
     return make
 
@@ -141,7 +97,7 @@ def methods() -> Iterator[Method]:
 def train(method: Method, codes: tuple[Tensor, Tensor, int], steps: int, seed: int) -> tuple[float, float, float]:
     """(last training loss, validation loss, median seconds a step)."""
     torch.manual_seed(seed)
-    model = GPT(codes[2])
+    model = GPT(BLOCKS, WIDTH, HEADS, POSITIONS, codes[2])
     step = method.make(model, method.lr)
     generator = torch.Generator().manual_seed(seed)
     seconds = []
@@ -176,12 +132,12 @@ def main() -> int:
 
     ours = best("DDPNOpt, diagonal, beta1 0.9", "DDPNOpt, factored, beta1 0.9")
     holds = ours < best("Adam")
-    lines = ["| method | step size | validation loss |", "|---|---|---|"]
-    lines += [f"| {r['method']} | {r['lr']:g} | {fmean(r['validation']):.3f} |" for r in rows]
+    cells = [(r["method"], f"{r['lr']:g}", f"{fmean(r['validation']):.3f}") for r in rows]
+    table = report.markdown(("method", "step size", "validation loss"), cells)
     environment = report.environment()
     page = (
         f"Character GPT ({BLOCKS} blocks, width {WIDTH}, {POSITIONS} positions), batch {BATCH}, {options.steps} steps, "
-        f"{options.seeds} seed(s), {len(codes[0]):,} characters of Python's standard library.\n\n" + "\n".join(lines)
+        f"{options.seeds} seed(s), {len(codes[0]):,} characters of Python's standard library.\n\n{table}"
     )
     verdict = f"The claim {'holds' if holds else 'FAILS'}: DDPNOpt {ours:.3f}, best Adam {best('Adam'):.3f}."
     page += f"\n\n{verdict}\n\n{report.describe(environment)}\n"

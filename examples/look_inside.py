@@ -18,66 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench.models import Block, ResNet, positions
 from torch import Tensor, nn
 
 import ddpn_fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-
-class Residual(nn.Module):
-    """Convolutions with batch norms, and a shortcut; `bottleneck` as ResNet-50's, else as ResNet-18's."""
-
-    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool) -> None:
-        super().__init__()
-        outputs = 4 * width if bottleneck else width
-        shapes = [(inputs, width, 1), (width, width, 3), (width, outputs, 1)] if bottleneck else []
-        layers: list[nn.Module] = []
-        for i, (a, b, size) in enumerate(shapes or [(inputs, width, 3), (width, outputs, 3)]):
-            strided = stride if i == int(bottleneck) else 1
-            layers += [nn.Conv2d(a, b, size, strided, size // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        self.body = nn.Sequential(*layers[:-1])
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's output."""
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-class ResNet(nn.Module):
-    """ResNet-18 or ResNet-50 (He et al. 2015), a quarter as wide: the graph is the same, the export smaller."""
-
-    def __init__(self, blocks: tuple[int, ...], bottleneck: bool, width: int = 16, classes: int = 10) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        layers, inputs = [], width
-        for group, count in enumerate(blocks):
-            for i in range(count):
-                layers.append(Residual(inputs, width << group, 2 if group and not i else 1, bottleneck))
-                inputs = (width << group) * (4 if bottleneck else 1)
-        self.blocks, self.head = nn.Sequential(*layers), nn.Linear(inputs, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, classes)."""
-        return self.head(self.blocks(F.max_pool2d(self.stem(x), 3, 2, 1)).mean((2, 3)))
-
-
-class Block(nn.Module):
-    """Causal attention and a layer of four times the width, each after a norm and around a skip."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, P, width) -> the same."""
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 class GPT(nn.Module):
@@ -86,7 +32,7 @@ class GPT(nn.Module):
     def __init__(self, layers: int = 12, width: int = 96, heads: int = 12, vocabulary: int = 128) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(64, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -95,19 +41,14 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(self.token(tokens) + self.position(places))))
 
 
-def positions(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy over positions and samples."""
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-
 Problem = tuple[nn.Module, Callable[..., Tensor], Tensor, Tensor, str]
 MODELS: dict[str, Callable[[], Problem]] = {
     "resnet18": lambda: (
-        *(ResNet((2, 2, 2, 2), False), F.cross_entropy),
+        *(ResNet(width=16), F.cross_entropy),
         *(torch.randn(4, 3, 64, 64), torch.randint(10, (4,)), "blocks.3.body.0"),
     ),
     "resnet50": lambda: (
-        *(ResNet((3, 4, 6, 3), True), F.cross_entropy),
+        *(ResNet((3, 4, 6, 3), bottleneck=True, width=16), F.cross_entropy),
         *(torch.randn(4, 3, 64, 64), torch.randint(10, (4,)), "blocks.7.body.3"),
     ),
     "gpt12": lambda: (

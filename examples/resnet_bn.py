@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from bench.models import Residual
+from torch import nn
 
 from ddpn_fx.demo.compare import Summary, adam, ddpnopt, sgd
 from ddpn_fx.demo.experiment import arguments, run
@@ -26,36 +26,15 @@ METHODS = [
 ]
 
 
-class Block(nn.Module):
-    """Two convolutions with batch norm around a skip."""
-
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outside)
-        self.skip = (
-            nn.Identity()
-            if stride == 1 and inside == outside
-            else nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inside, H, W) -> (B, outside, H / stride, W / stride)."""
-        h = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(h)) + self.skip(x))
-
-
 def network() -> nn.Module:
     """ResNet-8."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, 1, 1, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
-        Block(8, 8, 1),
-        Block(8, 16, 2),
-        Block(16, 32, 2),
+        Residual(8, 8, 1),
+        Residual(8, 16, 2),
+        Residual(16, 32, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(32, 10),

@@ -162,7 +162,7 @@ class Comparison:
             self.controlled.load_state_dict(model.state_dict())
             model, train_step = self.controlled, self._ddpnopt(method)
         else:
-            train_step = _plain(model, method.optimizer(model.parameters(), lr=method.lr))
+            train_step = plain_step(model, method.optimizer(model.parameters(), lr=method.lr))
         loss = float("nan")
         for x, y in self.data.batches(self.batch_size, self.steps, seed=seed):
             loss = float(train_step(x, y))
@@ -184,14 +184,20 @@ class Comparison:
         return 100.0 * float((predicted == self.data.y_test).float().mean())
 
 
-def _plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainStep:
-    """The usual training step: forward, backward, update."""
+def plain_step(
+    forward: Callable[[Tensor], Tensor],
+    *optimizers: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> TrainStep:
+    """The usual training step: forward, backward, update. It returns the loss before the update, 0-d."""
 
     def train_step(x: Tensor, y: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        value = loss(forward(x), y)
+        value.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return value.detach()
 
     return train_step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -51,12 +51,24 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def table(summaries: Sequence[Summary]) -> str:
-    """Return a Markdown table, as wide in a terminal as on a page: a line a method and step size."""
-    rows: list[tuple[str, ...]] = [("method", "step size", "test accuracy, %")]
-    rows += [(summary.method, f"{summary.lr:g}", str(summary)) for summary in summaries]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+    """Return a Markdown table: a line a method and step size."""
+    rows = [(summary.method, f"{summary.lr:g}", str(summary)) for summary in summaries]
+    return markdown(("method", "step size", "test accuracy, %"), rows)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers_from: int | None = None) -> str:
+    """Return a Markdown table, as wide in a terminal as on a page.
+
+    Args:
+        header: the columns' titles.
+        rows: cells, as many as there are titles.
+        numbers_from: columns from this one on are set to the right.
+    """
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    right = [numbers_from is not None and column >= numbers_from for column in range(len(header))]
+    lines.insert(1, ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

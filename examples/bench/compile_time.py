@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import ResNet18
+from models import ResNet
 from step import compiled_sgd
 from torch import Tensor, nn
 
@@ -51,8 +51,8 @@ def networks(layers: int, width: int, batch: int) -> dict[str, tuple[Callable[[]
     tokens = torch.randint(64, (2, batch, 32))
     return {
         "MLP 784-512x4-10": (lambda: relu_network(784, *[512] * 4, 10), torch.randn(batch, 784), labels),
-        "ResNet-18, 3x32x32": (ResNet18, torch.randn(batch, 3, 32, 32), labels),
-        "ResNet-18, 3x64x64": (ResNet18, torch.randn(batch, 3, 64, 64), labels),
+        "ResNet-18, 3x32x32": (ResNet, torch.randn(batch, 3, 32, 32), labels),
+        "ResNet-18, 3x64x64": (ResNet, torch.randn(batch, 3, 64, 64), labels),
         f"transformer, {layers} layers, width {width}": (lambda: Encoder(layers, width), tokens[0], tokens[1]),
     }
 
@@ -95,7 +95,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     backend = any("inductor" in row for row in rows.values())
     if backend:
         header += ["torch.compile, s", "torch.compile of SGD, s"]
-    lines = [header]
+    lines = []
     for name, row in rows.items():
         seconds = [f"{row['seconds'][p]:.2f}" for p in PASSES]
         line = [name, *seconds, f"{row['total']:.1f}"]
@@ -103,9 +103,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if backend:
             line += [f"{row['inductor'][k]:.1f}" for k in ("DDPNOpt", "SGD")]
         lines.append(line)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return report.markdown(header, lines, numbers_from=1)
 
 
 def options() -> argparse.Namespace:

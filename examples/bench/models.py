@@ -1,4 +1,4 @@
-"""The models of the benchmarks, each with its loss and a batch maker."""
+"""Models that the examples share, and the benchmarks' problems: each with its loss and a batch maker."""
 
 from __future__ import annotations
 
@@ -12,39 +12,62 @@ from torch import Tensor, nn
 from ddpn_fx.demo import relu_network
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with norms and a shortcut."""
+class Residual(nn.Module):
+    """Convolutions with norms around a shortcut; ``bottleneck`` as ResNet-50's, else two 3x3 as ResNet-18's."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        *,
+        bottleneck: bool = False,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm(outputs)
-        self.conv2, self.norm2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), norm(outputs)
+        outputs = 4 * width if bottleneck else width
+        shapes = [(inputs, width, 3), (width, outputs, 3)]
+        if bottleneck:
+            shapes = [(inputs, width, 1), (width, width, 3), (width, outputs, 1)]
+        layers: list[nn.Module] = []
+        for i, (a, b, size) in enumerate(shapes):
+            strided = stride if i == int(bottleneck) else 1
+            layers += [nn.Conv2d(a, b, size, strided, size // 2, bias=False), norm(b), nn.ReLU()]
+        self.body = nn.Sequential(*layers[:-1])
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
-        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+        return F.relu(self.body(x) + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 (He et al. 2015) for images of any size."""
+class ResNet(nn.Module):
+    """ResNet-18, or with ``(3, 4, 6, 3)`` bottlenecks ResNet-50 (He et al. 2015), for images of any size."""
 
-    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, classes: int = 10) -> None:
+    def __init__(
+        self,
+        blocks: tuple[int, ...] = (2, 2, 2, 2),
+        *,
+        bottleneck: bool = False,
+        width: int = 64,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        classes: int = 10,
+    ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.ReLU())
-        blocks, inputs = [], 64
-        for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-            blocks += [BasicBlock(inputs, outputs, stride, norm), BasicBlock(outputs, outputs, 1, norm)]
-            inputs = outputs
-        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(512, classes)
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width), nn.ReLU())
+        layers, inputs = [], width
+        for group, count in enumerate(blocks):
+            for i in range(count):
+                stride = 2 if group and not i else 1
+                layers.append(Residual(inputs, width << group, stride, bottleneck=bottleneck, norm=norm))
+                inputs = (width << group) * (4 if bottleneck else 1)
+        self.blocks, self.head = nn.Sequential(*layers), nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, classes)."""
-        x = F.max_pool2d(self.stem(x), 3, 2, 1)
-        return self.head(self.blocks(x).mean((2, 3)))
+        return self.head(self.blocks(F.max_pool2d(self.stem(x), 3, 2, 1)).mean((2, 3)))
 
 
 class Block(nn.Module):
@@ -72,6 +95,7 @@ class GPT(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(positions, width))
+        nn.init.normal_(self.token.weight, std=0.02)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
@@ -154,6 +178,6 @@ def problems(*, width: int = 512, depth: int = 4) -> dict[str, Problem]:
         "cnn": Problem(paper_cnn, F.cross_entropy, _images(3, 32, 32), 128),
         "gpt": Problem(GPT, positions, lambda b: (torch.randint(96, (b, 64)), torch.randint(96, (b, 64))), 16),
         "vit": Problem(ViT, F.cross_entropy, _images(3, 32, 32), 32),
-        "resnet18-gn": Problem(lambda: ResNet18(group_norm), F.cross_entropy, _images(3, 64, 64), 32),
-        "resnet18-bn": Problem(ResNet18, F.cross_entropy, _images(3, 64, 64), 32),
+        "resnet18-gn": Problem(lambda: ResNet(norm=group_norm), F.cross_entropy, _images(3, 64, 64), 32),
+        "resnet18-bn": Problem(ResNet, F.cross_entropy, _images(3, 64, 64), 32),
     }

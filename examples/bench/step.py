@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddpn_fx
 from ddpn_fx.demo import report
+from ddpn_fx.demo.compare import plain_step
 from ddpn_fx.demo.timing import interleaved, peak_bytes
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -58,13 +59,13 @@ class Contestant:
     Attributes:
         step: runs one training step and returns the loss.
         held: the weights and the optimizer's state.
-        flops: of one step, where they can be counted.
+        flops: counts those of one step, where that can be done.
         first: seconds of the first call.
     """
 
     step: Step
     held: Callable[[], list[Tensor]]
-    flops: int | None = None
+    flops: Callable[[], int] | None = None
     first: float = 0.0
 
 
@@ -90,11 +91,14 @@ def compiled_sgd(model: nn.Module, loss: Callable[..., Tensor], backend: str) ->
 def sgd(problem: Problem, backend: str, batch: tuple[Tensor, Tensor]) -> Contestant:
     """The baseline."""
     model = problem.build()
-    with FlopCounterMode(display=False) as counter:
-        problem.loss(model(batch[0]), batch[1]).backward()
-    model.zero_grad()
-    made = compiled_sgd(model, problem.loss, backend)
-    return Contestant(made, lambda: list(model.parameters()), counter.get_total_flops())
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            problem.loss(model(batch[0]), batch[1]).backward()
+        model.zero_grad()
+        return counter.get_total_flops()
+
+    return Contestant(compiled_sgd(model, problem.loss, backend), lambda: list(model.parameters()), flops)
 
 
 def plain(name: str, problem: Problem, backend: str) -> Contestant:
@@ -103,19 +107,10 @@ def plain(name: str, problem: Problem, backend: str) -> Contestant:
     optimizers = _optimizers(name, model)
     forward = torch.compile(model, backend=backend, dynamic=False)
 
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss = problem.loss(forward(x), y)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        return loss.detach()
-
     def held() -> list[Tensor]:
         return [*model.parameters(), *(t for o in optimizers for t in _state(o))]
 
-    return Contestant(step, held)
+    return Contestant(plain_step(forward, *optimizers, loss=problem.loss), held)
 
 
 def _optimizers(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -141,12 +136,11 @@ def ddpnopt(options: dict[str, Any], problem: Problem, backend: str) -> Contesta
     model = problem.build()
     net = ddpn_fx.compile(model, loss=problem.loss, backend=backend)
     opt = ddpn_fx.DDPNOpt(net, lr=LR, **options)
-    return Contestant(opt.train_step, lambda: [*model.parameters(), *_state(opt)])
+    return Contestant(opt.train_step, lambda: [*model.parameters(), *_state(opt)], lambda: graph_flops(opt))
 
 
-def graph_flops(step: Any) -> int:
-    """FLOPs of the graph behind a DDPNOpt's step."""
-    opt = step.__self__
+def graph_flops(opt: ddpn_fx.DDPNOpt) -> int:
+    """FLOPs of the graph behind the one step that was compiled."""
     (lowered,) = opt._programs.values()
     params = dict(opt.net.named_parameters(remove_duplicate=False))
     inputs = lowered.sample(params, dict(opt.net.named_buffers(remove_duplicate=False)))
@@ -165,32 +159,30 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
     torch.manual_seed(0)
     torch._dynamo.reset()
     batches = [problem.draw(batch) for _ in range(8)]
-    field_: dict[str, Contestant] = {"SGD": sgd(problem, chosen.backend, batches[0])}
+    contestants: dict[str, Contestant] = {"SGD": sgd(problem, chosen.backend, batches[0])}
     for method in chosen.methods:
         options = {"coupling": chosen.coupling} if method == "groups" else OPTIONS.get(method)
         made = plain(method, problem, chosen.backend) if options is None else ddpnopt(options, problem, chosen.backend)
-        field_[method] = made
-    for contestant in field_.values():
+        contestants[method] = made
+    for contestant in contestants.values():
         started = time.perf_counter()
         contestant.step(*batches[0])
         contestant.first = time.perf_counter() - started
-    steps = {method: contestant.step for method, contestant in field_.items()}
+    steps = {method: contestant.step for method, contestant in contestants.items()}
     seconds = interleaved(steps, batches, chosen.repeats, chosen.warm)
     rows = {}
-    for method, contestant in field_.items():
-        if method in OPTIONS:
-            contestant.flops = graph_flops(contestant.step)
+    for method, contestant in contestants.items():
         held = size_of([*contestant.held(), *batches[0]])
         rows[method] = {
             "median_ms": 1e3 * statistics.median(seconds[method]),
             "deciles_ms": [1e3 * q for q in statistics.quantiles(seconds[method], n=10)[::8]],
-            "flops": contestant.flops,
+            "flops": contestant.flops and contestant.flops(),
             "peak_bytes": held + peak_bytes(contestant.step, *batches[0]),
             "first_call_s": contestant.first,
         }
         rows[method] |= {
             "time": rows[method]["median_ms"] / rows["SGD"]["median_ms"],
-            "work": contestant.flops and contestant.flops / rows["SGD"]["flops"],
+            "work": rows[method]["flops"] and rows[method]["flops"] / rows["SGD"]["flops"],
             "memory": rows[method]["peak_bytes"] / rows["SGD"]["peak_bytes"],
         }
         print(f"{name}, batch {batch}, {method}: {rows[method]['time']:.2f}", file=sys.stderr, flush=True)
@@ -199,15 +191,14 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
 
 def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The figures as a Markdown table, a line a method."""
-    lines = [["model, batch", "method", "median, ms", "time", "FLOPs", "peak memory", "first call, s"]]
+    lines = []
     for name, rows in found.items():
         for method, row in rows.items():
             work = "" if row["work"] is None else f"{row['work']:.2f}"
             median, first = f"{row['median_ms']:.1f}", f"{row['first_call_s']:.0f}"
             lines.append([name, method, median, f"{row['time']:.2f}", work, f"{row['memory']:.2f}", first])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * w for w in widths[:2]] + ["-" * (w - 1) + ":" for w in widths[2:]])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    header = ("model, batch", "method", "median, ms", "time", "FLOPs", "peak memory", "first call, s")
+    return report.markdown(header, lines, numbers_from=2)
 
 
 def arguments() -> argparse.Namespace:

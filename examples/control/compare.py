@@ -97,10 +97,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             *(f"{row['cost']:.7g}", f"{row['gradient']:.1e}", first, f"{row['next_seconds']:.2f}"),
         )
 
-    cells = [HEADINGS, *map(text, rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(HEADINGS))]
-    cells.insert(1, tuple("-" * width for width in widths))
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells)
+    return report.markdown(HEADINGS, map(text, rows))
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:

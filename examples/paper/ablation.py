@@ -27,12 +27,12 @@ from common import (
     facts,
     parser,
     progress,
-    table,
     write_page,
 )
 
 import ddpn_fx
 from ddpn_fx.data import require
+from ddpn_fx.demo import report
 from ddpn_fx.demo.compare import one_thread
 
 TASK = Task("digits", "digits", (20,) * 4, "tanh", "identity", 16, 200, 200, 2, backend="eager")
@@ -102,14 +102,14 @@ def main() -> int:
             parts += [
                 f"**{form}, {metric}** over {PLAIN[metric]}: better at {better} of {len(gains)} settings, "
                 f"mean {fmean(gains):+.1f}",
-                table(("weight decay \\ step size", *(f"{lr:g}" for lr in lrs)), rows),
+                report.markdown(("weight decay \\ step size", *(f"{lr:g}" for lr in lrs)), rows),
             ]
     heat(options.out / "ablation.png", mean)
     curves(options.out / "ablation_curves.png", cells, task)
     parts += [
         f"Clamps a step in the paper's form, of {task.batch_size} samples (a value function that is clamped at 0 stays "
         "0 in all stages below, so a sample counts once):",
-        table(
+        report.markdown(
             ("preconditioner", "step size", "clamps"),
             [
                 (metric, f"{lr:g}", f"{fmean(_clamps(cells, metric, lr, task)):.1f}")

@@ -370,14 +370,6 @@ def progress(total: int) -> Any:
     return require("tqdm").tqdm(total=total, unit="cell", disable=not sys.stderr.isatty())
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, as wide in a terminal as on a page."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["-" * w for w in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-
-
 def write_page(path: Path, *parts: str) -> None:
     """Write a Markdown page of paragraphs, the machine last, and print it."""
     page = "\n\n".join([*parts, report.describe(report.environment())]) + "\n"

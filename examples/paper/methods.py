@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import Arena, Method, TrainStep
-from torch import Tensor
 
 import ddpn_fx
 from ddpn_fx.baselines import EMSA, VanillaDDP
+from ddpn_fx.demo.compare import plain_step
 
 SGD = (0.07, 0.2, 0.5)
 ADAPTIVE = (7e-4, 3e-3, 1e-2)
@@ -32,17 +31,7 @@ def plain(optimizer: Optimizer, **options: Any) -> Callable[[Arena, float], Trai
     """A ``torch.optim`` optimiser with the usual loop, not compiled."""
 
     def make(arena: Arena, lr: float) -> TrainStep:
-        model = arena.model
-        chosen = optimizer(model.parameters(), lr=lr, **options)
-
-        def train_step(x: Tensor, y: Tensor) -> Tensor:
-            chosen.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            chosen.step()
-            return loss.detach()
-
-        return train_step
+        return plain_step(arena.model, optimizer(arena.model.parameters(), lr=lr, **options))
 
     return make
 

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Arenas, Record, Task, adjusted, facts, parser, table, write_page
+from common import Arenas, Record, Task, adjusted, facts, parser, write_page
 from methods import DEFAULT
 from torch import Tensor, nn
 
 from ddpn_fx.data import require
+from ddpn_fx.demo import report
 from ddpn_fx.demo.compare import one_thread
 
 TASK = Task("mnist-cnn", "mnist", (), "relu", "identity", 128, 500, 80, 1)
@@ -70,7 +71,7 @@ def main() -> int:
         "a positive product with the direction in which the logit of the other class grows over its own.",
         "![policies](policies.png)",
         "Leading singular value of K_t, and its share of the squared sum of all:",
-        table(("image", *(f"convolution {t + 1}" for t in range(len(layers)))), rows),
+        report.markdown(("image", *(f"convolution {t + 1}" for t in range(len(layers)))), rows),
     )
     return 0
 

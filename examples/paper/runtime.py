@@ -18,10 +18,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Arenas, Record, Task, adjusted, facts, parser, progress, table, write_page
+from common import Arenas, Record, Task, adjusted, facts, parser, progress, write_page
 from methods import BASELINES, DEFAULT, METRICS, OPTIMAL_CONTROL, PAPERS_FORM, WHOLE_BOUND
 
 from ddpn_fx.data import require
+from ddpn_fx.demo import report
 from ddpn_fx.demo.compare import one_thread
 from ddpn_fx.demo.timing import interleaved, peak_bytes
 
@@ -68,7 +69,10 @@ def main() -> int:
             )
             for name in names
         ]
-        parts += [f"**{task.key}**, hidden layers {'-'.join(map(str, task.widths))}, batch size:", table(header, rows)]
+        parts += [
+            f"**{task.key}**, hidden layers {'-'.join(map(str, task.widths))}, batch size:",
+            report.markdown(header, rows),
+        ]
     picture(options.out / "runtime.png", found)
     parts.append("![time and memory](runtime.png)")
     write_page(options.out / "runtime.md", *parts)

@@ -13,10 +13,11 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from common import Arenas, Method, Record, Runner, Task, adjusted, facts, parser, progress, table, write_page
+from common import Arenas, Method, Record, Runner, Task, adjusted, facts, parser, progress, write_page
 from methods import ddpnopt, paper, plain
 
 from ddpn_fx.data import require
+from ddpn_fx.demo import report
 from ddpn_fx.demo.compare import one_thread
 
 TASK = Task("digits", "digits", (20,) * 4, "tanh", "identity", 16, 200, 200, 2, backend="eager")
@@ -91,7 +92,7 @@ def main() -> int:
             if m.grid == grid
         ]
         header = (f"step size {title}", *(f"{lr:g}" for lr in grid), "within 2 points of its best")
-        parts.append(table(header, rows))
+        parts.append(report.markdown(header, rows))
     parts.append(
         '"The same" is the paper\'s form with one thing changed: the batch as one system, Q_uu with its curvature, or '
         'both; what is left between "both" and DDPNOpt with the nonlinear rollout is the model of the loss.'

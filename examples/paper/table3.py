@@ -26,12 +26,12 @@ from common import (
     key_of,
     parser,
     progress,
-    table,
     write_page,
 )
 from methods import BASELINES, DEFAULT, METRICS, OPTIMAL_CONTROL, PAPERS_FORM, WHOLE_BOUND
 
 from ddpn_fx.data import require
+from ddpn_fx.demo import report
 from ddpn_fx.demo.compare import one_thread
 
 FEED_FORWARD = [
@@ -194,13 +194,13 @@ def page(record: Record, tasks: list[Task], summaries: dict[Any, Any], verdict: 
     return [
         "# Table 3",
         note,
-        table(header, rows),
-        table(header, theirs),
+        report.markdown(header, rows),
+        report.markdown(header, theirs),
         "\n".join(lines),
         "\n".join(verdict),
         "Milliseconds a step, means over the trainings (first calls included, on a machine that other work shared: an "
         "order of magnitude, not a benchmark):",
-        table(header, cost),
+        report.markdown(header, cost),
         "![accuracy by method, the paper's DDPNOpt as a line](table3.png)",
     ]
 
