@@ -73,6 +73,36 @@ def split_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
+def split_batch(
+    call: str, inputs: Any, target: Any, *, own_loss: bool
+) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...], int]:
+    """What a training step was given: positional and keyword arguments of the model, targets (none or one), and B.
+
+    Args:
+        call: whose step it is, for errors.
+        inputs: see :func:`split_inputs`.
+        target: what the loss takes beside the output, or None.
+        own_loss: the model returns its own loss (``loss=None``), which takes no target.
+
+    Raises:
+        TypeError: a target is missing, or there is one too much, or it is not a tensor.
+        ValueError: no batch dimension, an empty batch, or a target of another length.
+    """
+    if own_loss and target is not None:
+        raise TypeError(
+            f"{call}: a target was given, but ddpn_fx.compile had loss=None: "
+            "the model returns its own loss. Pass loss= to ddpn_fx.compile, or call train_step(inputs)"
+        )
+    if not own_loss and target is None:
+        raise TypeError(
+            f"{call}: the loss needs a target: train_step(inputs, target). "
+            "For a model that returns its own loss use ddpn_fx.compile(model, loss=None)"
+        )
+    args, kwargs = split_inputs(inputs)
+    targets = () if own_loss else (target,)
+    return args, kwargs, targets, check_batch(call, args, kwargs, targets)
+
+
 def structure(batch: Any, batched: Sequence[bool] | None = None) -> tuple[Any, ...]:
     """What a capture depends on beside the mode: the tree, dtypes, ranks, sizes but the batch's, constants.
 

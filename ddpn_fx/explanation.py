@@ -10,18 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ddpn_fx.exporting.snapshots import summary
+from ddpn_fx.inspect import net_of
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.optimizer import DDPNOpt
-from ddpn_fx.passes.ir import HOW, Chain
+from ddpn_fx.passes.ir import HOW, Chain, ParamUse
 from ddpn_fx.passes.log import PassRecord
 from ddpn_fx.passes.lower import Lowered
 from ddpn_fx.passes.provenance import describe
 from ddpn_fx.passes.reached import reached
 
 # Rules that come to K_t from gradients of every sample, always or where that is cheaper.
-PER_SAMPLE = {"generic": "always", "affine": "always", "expand": "always", "convolution": "where cheaper",
-              "embedding": "where cheaper"}  # fmt: skip
+PER_SAMPLE = {"affine": "always", "expand": "always", "convolution": "where cheaper", "embedding": "where cheaper"}
 
 
 @dataclass(frozen=True)
@@ -146,11 +145,7 @@ def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
     Raises:
         TypeError: neither a compiled module nor a ``DDPNOpt``.
     """
-    net = net_or_opt.net if isinstance(net_or_opt, DDPNOpt) else net_or_opt
-    if not isinstance(net, CompiledModule):
-        raise TypeError(
-            f"ddpn_fx.explain: give what ddpn_fx.compile returned or a DDPNOpt, not a {type(net_or_opt).__name__}"
-        )
+    net = net_of("ddpn_fx.explain", net_or_opt)
     name = type(net._original).__name__
     failure = reached(net._original)
     failed = f"{failure.failed}: {failure.error}" if failure else ""
@@ -170,10 +165,10 @@ def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
         programs=tuple(_programs(net._lowered)),
         generic=tuple(describe(use.node) for s in chain.stages for use in s.uses if use.rule == "generic"),
         per_sample={
-            f"stage {s.index}, {describe(use.node)}": PER_SAMPLE[use.rule]
+            f"stage {s.index}, {describe(use.node)}": when
             for s in chain.stages
             for use in s.uses
-            if use.rule in PER_SAMPLE and use.rule != "generic"
+            if (when := _when(use))
         },
         tied=_tied(chain),
         frozen=frozen,
@@ -182,6 +177,13 @@ def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
         mixing="" if chain.mixing is None else describe(chain.mixing),
         failed=failed,
     )
+
+
+def _when(use: ParamUse) -> str:
+    """When an operator's K comes from per-sample gradients; empty for never."""
+    if use.rule == "linear":
+        return "over many positions, where cheaper" if use.node.meta["val"].dim() > 2 else ""
+    return PER_SAMPLE.get(use.rule, "")
 
 
 def _captured(net: CompiledModule, chain: Chain) -> str:
@@ -200,7 +202,7 @@ def _captured(net: CompiledModule, chain: Chain) -> str:
 
 def _pass(record: PassRecord) -> Pass:
     before, after = sum(record.before.values()), sum(record.after.values())
-    return Pass(record.name, record.seconds, before, after, summary(record.before, record.after), dict(record.counts))
+    return Pass(record.name, record.seconds, before, after, record.difference(), dict(record.counts))
 
 
 def _tied(chain: Chain) -> dict[str, tuple[int, ...]]:

@@ -53,11 +53,7 @@ def export(
 
     After a compilation that failed, what was reached is written: the graph as the pass before left it, and error.txt.
     """
-    net = net_or_opt.net if isinstance(net_or_opt, DDPNOpt) else net_or_opt
-    if not isinstance(net, CompiledModule):
-        raise TypeError(
-            f"ddpn_fx.export: give what ddpn_fx.compile returned or a DDPNOpt, not a {type(net_or_opt).__name__}"
-        )
+    net = net_of("ddpn_fx.export", net_or_opt)
     wanted = chosen_formats(formats)
     failure = reached(net._original)
     if failure is not None and not net._chains:
@@ -78,6 +74,18 @@ def export(
         skipped=skipped,
         title=type(net._original).__name__,
     )
+
+
+def net_of(call: str, net_or_opt: Any) -> CompiledModule:
+    """The compiled module that was given, or the one of an optimizer that was given.
+
+    Raises:
+        TypeError: neither of both; ``call`` is whose argument it is.
+    """
+    net = net_or_opt.net if isinstance(net_or_opt, DDPNOpt) else net_or_opt
+    if not isinstance(net, CompiledModule):
+        raise TypeError(f"{call}: give what ddpn_fx.compile returned or a DDPNOpt, not a {type(net_or_opt).__name__}")
+    return net
 
 
 def _export_reached(

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from ddpn_fx import preconditioners
 from ddpn_fx import terminal as terminals
+from ddpn_fx.batch import split_batch
 from ddpn_fx.kept import Kept
-from ddpn_fx.module import CompiledModule, check_batch, split_inputs
+from ddpn_fx.module import CompiledModule
 from ddpn_fx.options import GROUP_KEYS, check_arguments, check_group, check_loop, initial_groups, number
 from ddpn_fx.passes.errors import LossError, StagingError
 from ddpn_fx.passes.ir import Chain
@@ -203,21 +204,9 @@ class DDPNOpt(Optimizer):
         A batch whose factors are not finite changes nothing; ``opt.stats["skipped"]`` is then 1. Under autocast
         the model runs in the lower precision, and the recursion in float32 as always.
         """
-        loss = self.net._options["loss"]
-        if loss is None and target is not None:
-            raise TypeError(
-                "DDPNOpt.train_step: a target was given, but ddpn_fx.compile had loss=None: "
-                "the model returns its own loss. Pass loss= to ddpn_fx.compile, or call train_step(inputs)"
-            )
-        if loss is not None and target is None:
-            raise TypeError(
-                "DDPNOpt.train_step: the loss needs a target: train_step(inputs, target). "
-                "For a model that returns its own loss use ddpn_fx.compile(model, loss=None)"
-            )
-        args, kwargs = split_inputs(inputs)
-        targets = () if loss is None else (target,)
-        batch = check_batch("DDPNOpt.train_step", args, kwargs, targets)
         net = self.net
+        own_loss = net._options["loss"] is None
+        args, kwargs, targets, batch = split_batch("DDPNOpt.train_step", inputs, target, own_loss=own_loss)
         with torch.inference_mode(False), torch.no_grad():
             leaves, spec = pytree.tree_flatten((args, kwargs, targets))
             leaves = [_normal(t) if isinstance(t, Tensor) else t for t in leaves]

@@ -53,6 +53,12 @@ def op_counts(graph: fx.Graph | None) -> Counter[str]:
     return Counter(str(n.target) for n in graph.nodes if n.op == "call_function")
 
 
+def difference(before: Counter[str], after: Counter[str]) -> str:
+    """The changed operator counts as ``+2 aten.mul.Tensor, -1 aten.layer_norm.default``."""
+    deltas = [f"{after[n] - before[n]:+d} {n}" for n in sorted({*before, *after}) if after[n] != before[n]]
+    return ", ".join(deltas).replace("<built-in function getitem>", "operator.getitem") or "no change"
+
+
 @dataclass
 class PassRecord:
     """What one pass did: its name, seconds, operator counts before and after, and counts of its own by name."""
@@ -64,10 +70,8 @@ class PassRecord:
     counts: dict[str, int] = field(default_factory=dict)
 
     def difference(self) -> str:
-        """The changed operator counts as ``+2 aten.mul.Tensor, -1 aten.layer_norm.default``."""
-        names = sorted(set(self.before) | set(self.after))
-        deltas = [(self.after[n] - self.before[n], n) for n in names]
-        return ", ".join(f"{d:+d} {n}" for d, n in deltas if d) or "no change"
+        """The changed operator counts (:func:`difference`)."""
+        return difference(self.before, self.after)
 
 
 @contextmanager

@@ -24,13 +24,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ddpn_fx.baselines.stages import BatchStages, State, assign, check_net, floating, number, replaced
+from ddpn_fx.baselines.stages import Baseline, BatchStages, State, floating, number, replaced
 from ddpn_fx.module import CompiledModule
 
 Program = Callable[..., list[Tensor]]
 
 
-class EMSA:
+class EMSA(Baseline):
     """Extended method of successive approximations, mini-batches in the place of the whole data set.
 
     Args:
@@ -44,6 +44,9 @@ class EMSA:
         TypeError: ``net`` is no compiled module.
         ValueError: rho is negative, there is no iteration, or the line search is unknown.
 
+    A step simulates, solves the costates, and minimises every stage's extended Hamiltonian on one batch; a stage whose
+    minimisation ends in a number that is not finite keeps its control.
+
     Source: Li, Chen, Tai, E: Maximum principle based algorithms for deep learning, JMLR 18 (2017), Alg. 2; the row
     "E-MSA" of the paper's Table 3.
     """
@@ -51,7 +54,7 @@ class EMSA:
     def __init__(
         self, net: CompiledModule, *, rho: float = 10.0, iterations: int = 10, line_search: str | None = "strong_wolfe"
     ) -> None:
-        self.net = check_net("EMSA", net)
+        super().__init__(net)
         self.rho = number("EMSA", "rho", rho, least=0.0, open_=False)
         if not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"EMSA: iterations={iterations!r} must be an integer of at least 1")
@@ -60,41 +63,23 @@ class EMSA:
         self.iterations, self.line_search = iterations, line_search
         self._programs: dict[Any, tuple[Any, Program]] = {}
 
-    def train_step(self, inputs: Any, target: Any = None) -> Tensor:
-        """Simulate, solve the costates, and minimise every stage's extended Hamiltonian on one batch.
-
-        Args:
-            inputs: as ``DDPNOpt.train_step``'s.
-            target: likewise.
-
-        Returns:
-            The loss before the update, 0-d.
-
-        Raises:
-            TypeError: a target is missing, or too much.
-            ValueError: the batch is empty, or target and batch differ in length.
-            StagingError: the chain has no stages of their own (:class:`ddpn_fx.baselines.stages.BatchStages`).
-
-        A stage whose minimisation ends in a number that is not finite keeps its control.
-        """
-        stages = BatchStages("EMSA.train_step", self.net, inputs, target)
+    def _step(self, call: str, inputs: Any, target: Any) -> Tensor:
+        """Simulate, solve the costates, and minimise every stage's extended Hamiltonian."""
+        stages = BatchStages(call, self.net, inputs, target)
         with torch.enable_grad():
             states, costates, loss = trajectory(stages)
         changes: dict[str, Tensor] = {}
         for t in range(len(stages)):
             changes |= self._minimise(stages, t, states, costates)
-        assign(self.net, changes)
+        self._assign(changes)
         return loss
 
     def _minimise(
         self, stages: BatchStages, t: int, states: Sequence[State], costates: Sequence[State]
     ) -> dict[str, Tensor]:
         """The controls of stage t that L-BFGS arrives at; none where they are not finite."""
-        trained = dict(self.net.named_parameters(remove_duplicate=False))
-        names = [n for n in stages.controls[t] if trained[n].requires_grad]
+        names = stages.controls[t]
         leaves = [stages.params[n].clone().requires_grad_() for n in names]
-        if not leaves:
-            return {}
         given = (stages.context, states[t], floating(states[t + 1]), costates[t], costates[t + 1])
         value_and_gradient = self._program(stages, t, names, (leaves, self._weight(stages), *given))
         search = torch.optim.LBFGS(

@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from ddpn_fx.batch import check_batch, split_inputs
+from ddpn_fx.batch import split_batch
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.passes.errors import StagingError
 from ddpn_fx.passes.ir import Kind
@@ -45,13 +45,8 @@ class BatchStages:
     """
 
     def __init__(self, call: str, net: CompiledModule, inputs: Any, target: Any) -> None:
-        loss = check_net(call, net)._options["loss"]
-        if (loss is None) != (target is None):
-            what = "needs a target" if loss is not None else "is the model's own and takes no target"
-            raise TypeError(f"{call}: the loss {what}; call train_step as DDPNOpt's")
-        args, kwargs = split_inputs(inputs)
-        targets = () if loss is None else (target,)
-        self.batch = check_batch(call, args, kwargs, targets)
+        own_loss = check_net(call, net)._options["loss"] is None
+        args, kwargs, targets, self.batch = split_batch(call, inputs, target, own_loss=own_loss)
         chain = self.chain = net.capture(kwargs or args, target, with_target=bool(targets))
         _check_chain(call, chain)
         self.params = {n: p.detach() for n, p in net.named_parameters(remove_duplicate=False)}
@@ -99,6 +94,47 @@ class BatchStages:
     def terminal_cost(self, state: Sequence[Tensor]) -> Tensor:
         """J of the batch, 0-d."""
         return evaluate_loss(self.chain, {**self._env, **dict(zip(self.chain.terminal, state, strict=True))})
+
+
+class Baseline:
+    """A method of stages with a training step of its own, eager, beside the compiled ones.
+
+    Args:
+        net: what :func:`ddpn_fx.compile` returned, with its loss.
+
+    Raises:
+        TypeError: ``net`` is no compiled module.
+    """
+
+    def __init__(self, net: CompiledModule) -> None:
+        self.net = check_net(type(self).__name__, net)
+
+    def train_step(self, inputs: Any, target: Any = None) -> Tensor:
+        """One step on a batch.
+
+        Args:
+            inputs: as ``DDPNOpt.train_step``'s.
+            target: likewise.
+
+        Returns:
+            The loss before the update, 0-d.
+
+        Raises:
+            TypeError: a target is missing, or too much.
+            ValueError: the batch is empty, or target and batch differ in length.
+            StagingError: the chain has no stages of their own (:class:`BatchStages`).
+        """
+        return self._step(f"{type(self).__name__}.train_step", inputs, target)
+
+    def _step(self, call: str, inputs: Any, target: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _assign(self, changes: Mapping[str, Tensor]) -> None:
+        """Write new values into the parameters."""
+        parameters = dict(self.net.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, value in changes.items():
+                parameters[name].copy_(value)
 
 
 def check_net(call: str, net: Any) -> CompiledModule:
@@ -156,11 +192,3 @@ def number(call: str, name: str, value: float, *, least: float, open_: bool = Tr
     if not (found > least or (not open_ and found == least)) or found == float("inf"):
         raise ValueError(f"{call}: {name}={value!r} must be finite and {'above' if open_ else 'at least'} {least:g}")
     return found
-
-
-def assign(net: CompiledModule, changes: Mapping[str, Tensor]) -> None:
-    """Write new values into the parameters."""
-    parameters = dict(net.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, value in changes.items():
-            parameters[name].copy_(value)

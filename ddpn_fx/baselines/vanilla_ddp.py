@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev
 
-from ddpn_fx.baselines.stages import BatchStages, State, assign, check_net, floating, number, replaced
+from ddpn_fx.baselines.stages import Baseline, BatchStages, State, floating, number, replaced
 from ddpn_fx.control import schedule
 from ddpn_fx.control.backward import Policy, backward_pass
 from ddpn_fx.control.derivatives import Curvature, Expansion
@@ -36,8 +36,6 @@ class DenseStages(BatchStages):
 
     def __init__(self, call: str, net: CompiledModule, inputs: Any, target: Any) -> None:
         super().__init__(call, net, inputs, target)
-        trained = dict(net.named_parameters(remove_duplicate=False))
-        self.controls = [[n for n in names if trained[n].requires_grad] for names in self.controls]
         with torch.no_grad():
             self.states: list[State] = [[], *self.simulate()]
         self.like = next(iter(self.params.values()))
@@ -106,7 +104,7 @@ class DenseStages(BatchStages):
         return us, self.cost(x)
 
 
-class VanillaDDP:
+class VanillaDDP(Baseline):
     """Differential Dynamic Programming with dense matrices, one iteration a batch.
 
     Args:
@@ -124,6 +122,8 @@ class VanillaDDP:
         TypeError: ``net`` is no compiled module.
         ValueError: a number out of range.
 
+    A batch on which no candidate lowers the loss changes no weight and raises mu.
+
     Equivalent to ``DDPNOpt(net, lr=1 / mu, terminal="exact", rollout="nonlinear")`` where the line search takes the
     whole step and the dynamics' second derivatives are left out.
     """
@@ -137,7 +137,7 @@ class VanillaDDP:
         step_sizes: Sequence[float] = STEP_SIZES,
         armijo: float | None = 1e-4,
     ) -> None:
-        self.net = check_net("VanillaDDP", net)
+        super().__init__(net)
         self.regularization = number("VanillaDDP", "regularization", regularization, least=0.0)
         self.step_sizes = check_step_sizes(step_sizes, "VanillaDDP")
         self.armijo = None if armijo is None else number("VanillaDDP", "armijo", armijo, least=0.0, open_=False)
@@ -145,25 +145,10 @@ class VanillaDDP:
         self.mu, self._delta = self.regularization, 1.0
         self.stats: dict[str, float] = {}
 
-    def train_step(self, inputs: Any, target: Any = None) -> Tensor:
-        """One iteration of Alg. 1 on a batch.
-
-        Args:
-            inputs: as ``DDPNOpt.train_step``'s.
-            target: likewise.
-
-        Returns:
-            The loss before the update, 0-d.
-
-        Raises:
-            TypeError: a target is missing, or too much.
-            ValueError: the batch is empty, or target and batch differ in length.
-            StagingError: the chain has no stages of their own (:class:`ddpn_fx.baselines.stages.BatchStages`).
-
-        A batch on which no candidate lowers the loss changes no weight and raises mu.
-        """
+    def _step(self, call: str, inputs: Any, target: Any) -> Tensor:
+        """One iteration of Alg. 1."""
         with torch.no_grad():
-            stages = DenseStages("VanillaDDP.train_step", self.net, inputs, target)
+            stages = DenseStages(call, self.net, inputs, target)
             loss = stages.cost(stages.xs[-1])
             policy = self._policy(stages)
             promise, taken = 0.0, 0.0
@@ -174,7 +159,7 @@ class VanillaDDP:
                     if self._keeps(float(loss - reached), float(policy.expected_improvement(step_size))):
                         taken = step_size
                         for t, u in enumerate(us):
-                            assign(self.net, stages.named(t, u))
+                            self._assign(stages.named(t, u))
                         break
             self.stats = {"mu": self.mu, "step_size": taken, "predicted_decrease": promise}
             self._adapt(schedule.lowered if taken else schedule.raised)

@@ -123,7 +123,8 @@ def write_graphs(
     _check_arguments(graphs, example_inputs)
     start = time.perf_counter()
     stems = file_stems(graphs)
-    code = {name: node_lines(name, module.graph) for name, module in graphs.items()}
+    printed = bool({"html", "json", "graphml", "model-explorer"} & set(wanted))
+    code = {name: node_lines(name, module.graph) if printed else {} for name, module in graphs.items()}
     contents: dict[str, Content] = {}
     rows: list[tuple[Sequence[str], int | None, int | None, str]] = []
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from ddpn_fx.exporting.snapshots import summary
+from ddpn_fx.passes.log import difference
 
 _MARK = "Written by ddpn_fx.export"
 
@@ -63,7 +63,7 @@ def compare(a: str | PathLike[str], b: str | PathLike[str], context: int = 3) ->
             continue
         old, new = first[name], second[name]
         lines = list(difflib.unified_diff(old, new, f"A/{name}.py", f"B/{name}.py", lineterm="", n=context))
-        operators = summary(_operators(old), _operators(new))
+        operators = difference(_operators(old), _operators(new))
         found.append(GraphDifference(name, "", "" if operators == "no change" else operators, tuple(lines)))
     return found
 

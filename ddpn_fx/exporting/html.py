@@ -18,7 +18,8 @@ from torch import fx
 
 from ddpn_fx.exporting.drawing import ROLE_COLOURS
 from ddpn_fx.exporting.nodes import CALLS, describe, recorded_value
-from ddpn_fx.exporting.snapshots import Snapshot, changes, summary
+from ddpn_fx.exporting.snapshots import Snapshot, changes
+from ddpn_fx.passes.log import difference
 
 NAME = "index.html"
 
@@ -135,7 +136,7 @@ def _passes(snapshots: Sequence[Snapshot], table: _Table) -> list[dict[str, Any]
             {
                 "name": snapshot.name,
                 "group": {"model": "the model's graph", "step": "the step's graph"}[snapshot.group],
-                "summary": summary(last.ops, snapshot.ops) if last else f"{sum(snapshot.ops.values())} operations",
+                "summary": difference(last.ops, snapshot.ops) if last else f"{sum(snapshot.ops.values())} operations",
                 "signs": "".join(sign for sign, _ in lines),
                 "lines": [table.number(line) for _, line in lines],
             }

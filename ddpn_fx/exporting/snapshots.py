@@ -15,6 +15,7 @@ from torch import fx
 
 from ddpn_fx.exporting.nodes import CALLS, describe, op_name
 from ddpn_fx.exporting.python import node_lines
+from ddpn_fx.passes.log import difference
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,6 @@ def _longest_increasing(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int
     return run[::-1]
 
 
-def summary(before: Counter[str], after: Counter[str]) -> str:
-    """The changed operator counts, as "+2 aten.mul.Tensor, -1 aten.layer_norm.default"."""
-    names = sorted({*before, *after})
-    deltas = [f"{after[n] - before[n]:+d} {n}" for n in names if after[n] != before[n]]
-    return ", ".join(deltas).replace("<built-in function getitem>", "operator.getitem") or "no change"
-
-
 def pass_files(snapshots: Sequence[Snapshot], context: int = 3) -> dict[str, str]:
     """The files of the `passes/` folder.
 
@@ -125,7 +119,7 @@ def pass_files(snapshots: Sequence[Snapshot], context: int = 3) -> dict[str, str
         files[f"{stem}.txt"] = "\n".join([*snapshot.lines, ""])
         if snapshot.group in earlier:
             last = earlier[snapshot.group]
-            head = f"# {last.name} -> {snapshot.name}: {summary(last.ops, snapshot.ops)}"
+            head = f"# {last.name} -> {snapshot.name}: {difference(last.ops, snapshot.ops)}"
             files[f"{stem}.diff"] = "\n".join([head, *_hunks(changes(last.lines, snapshot.lines), context), ""])
         earlier[snapshot.group] = snapshot
     return files

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.ir import Layout
-from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.rules.base import Rule, batch_first
 
 aten = torch.ops.aten
@@ -55,21 +54,12 @@ class Affine(Rule):
         return h.movedim(0, 1)
 
     def _columns(self, argument: fx.Node) -> Tensor:
-        parameter = self.values[argument]
-        layout = self.layouts[self.node]
-        t = self.scaled.movedim(2, 2 + layout.dim)  # (B, R, *output with the inner batch in its place)
-        rank = t.dim() - 2
-        shape = [1] * (rank - parameter.dim()) + list(parameter.shape)
-        summed = [d + 2 for d, s in enumerate(shape) if s == 1 and t.shape[d + 2] != 1]
-        t = t.sum(summed, keepdim=True) if summed else t
-        return t.reshape(*t.shape[:2], *parameter.shape)
+        t = self.scaled.movedim(2, 2 + self.layouts[self.node].dim)  # (B, R, *output, the inner batch in its place)
+        return _summed_to(t, self.values[argument])
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """One product with the columns."""
-        columns = self.dense(argument)
-        dtype = accumulate_dtype(columns.dtype)
-        flat = omega.reshape(1, -1).to(dtype) @ columns.reshape(omega.numel(), -1).to(dtype)
-        return flat.reshape(self.values[argument].shape).to(self.values[argument].dtype)
+        return self.contract_columns(argument, omega)
 
 
 class Expand(Rule):
@@ -83,12 +73,15 @@ class Expand(Rule):
         return node.target in (aten.expand.default,) and len(arguments) == 1 and node.args[0] is arguments[0]
 
     def _columns(self, argument: fx.Node) -> Tensor:
-        parameter = self.values[argument]
         layout = self.layouts[self.node]
         t = batch_first(self.cotangent, Layout(layout.dim, layout.inner), self.batch, at=1).movedim(0, 1)
-        t = t.movedim(2, 2 + layout.dim)
-        rank = t.dim() - 2
-        shape = [1] * (rank - parameter.dim()) + list(parameter.shape)
-        summed = [d + 2 for d, s in enumerate(shape) if s == 1 and t.shape[d + 2] != 1]
-        t = t.sum(summed, keepdim=True) if summed else t
-        return t.reshape(*t.shape[:2], *parameter.shape)
+        return _summed_to(t.movedim(2, 2 + layout.dim), self.values[argument])
+
+
+def _summed_to(t: Tensor, parameter: Tensor) -> Tensor:
+    """(B, R, *output) summed over what a parameter was broadcast along: (B, R, *M)."""
+    rank = t.dim() - 2
+    shape = [1] * (rank - parameter.dim()) + list(parameter.shape)
+    summed = [d + 2 for d, s in enumerate(shape) if s == 1 and t.shape[d + 2] != 1]
+    t = t.sum(summed, keepdim=True) if summed else t
+    return t.reshape(*t.shape[:2], *parameter.shape)

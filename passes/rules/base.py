@@ -153,10 +153,11 @@ class Rule:
         """Form the columns now if they are the cheaper way to K, so that a contraction before it uses them too."""
 
     def contract_columns(self, argument: fx.Node, omega: Tensor) -> Tensor:
-        """Gamma omega as one product with the columns, for a rule that has formed them."""
+        """Gamma omega as one product with the columns, for a rule that has formed them or whose are small."""
         columns = self.dense(argument)
-        flat = omega.reshape(1, -1).to(columns.dtype) @ columns.reshape(omega.numel(), -1)
-        return flat.reshape(self.values[argument].shape)
+        dtype = accumulate_dtype(columns.dtype)
+        flat = omega.reshape(1, -1).to(dtype) @ columns.reshape(omega.numel(), -1).to(dtype)
+        return flat.reshape(self.values[argument].shape).to(self.values[argument].dtype)
 
     def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
         """Gamma^T D: (B, R) for a direction D of the argument's shape."""

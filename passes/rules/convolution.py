@@ -1,4 +1,4 @@
-"""Two-dimensional convolutions: per-sample gradients by unfolding and one batched product.
+"""Two-dimensional convolutions: per-sample gradients by batched products, with patches or with shifts of the input.
 
 Shapes: B batch, R columns, S groups, L output positions, I inputs of a group times the kernel, O
 outputs of a group. With more positions than weights, the per-sample gradients are the cheaper way
@@ -101,8 +101,7 @@ class Convolution(Rule):
         Patches are the input times the kernel's size: to write and read them takes longer than their product. Without
         strides the input at a place of the kernel is the same rows further on, once cotangents have its row length.
         """
-        source, weight = cast(tuple[fx.Node, fx.Node], self.node.args[:2])
-        channels, *kernel = self.values[weight].shape[1:]
+        channels, *kernel = self.values[cast(fx.Node, self.node.args[1])].shape[1:]
         return (
             self._rows == Layout(0)
             and self.groups == 1
@@ -110,7 +109,6 @@ class Convolution(Rule):
             and kernel != [1, 1]
             and channels >= _LEAST_CHANNELS
             and self.cotangent.shape[-1] >= _LEAST_WIDTH
-            and self.values[source].dim() == 4
         )
 
     def _shifted_products(self, argument: fx.Node) -> Tensor:
