@@ -20,12 +20,12 @@ def command(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
 
     def run(name, *arguments):
-        for module in ("common", "methods"):
+        for module in ("arena", "common", "methods", "record"):
             monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path), "--backend", "eager", *arguments])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(FOLDER / name), run_name="__main__")
-        for module in ("common", "methods"):
+        for module in ("arena", "common", "methods", "record"):
             sys.modules.pop(module, None)
         return ended.value.code
 

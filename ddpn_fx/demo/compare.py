@@ -167,21 +167,23 @@ class Comparison:
         for x, y in self.data.batches(self.batch_size, self.steps, seed=seed):
             loss = float(train_step(x, y))
             if not abs(loss) < float("inf"):
-                return Run(seed, self._accuracy(model), loss, diverged=True)
-        return Run(seed, self._accuracy(model), loss, diverged=False)
+                return Run(seed, accuracy(model, self.data), loss, diverged=True)
+        return Run(seed, accuracy(model, self.data), loss, diverged=False)
 
     def _ddpnopt(self, method: Method) -> TrainStep:
         for group in self.opt.param_groups:
             group["lr"] = method.lr
         return self.opt.train_step
 
-    def _accuracy(self, model: nn.Module) -> float:
-        """Test accuracy in eval mode, in per cent."""
-        model.eval()
-        with torch.no_grad():
-            predicted = torch.cat([model(x).argmax(dim=1) for x in self.data.x_test.split(1000)])
-        model.train()
-        return 100.0 * float((predicted == self.data.y_test).float().mean())
+
+def accuracy(model: nn.Module, data: Dataset) -> float:
+    """Accuracy over a data set's test samples in eval mode, in per cent; the model is in training mode afterwards."""
+    model.eval()
+    with torch.no_grad():
+        chunks = zip(data.x_test.split(1000), data.y_test.split(1000), strict=True)
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in chunks)
+    model.train()
+    return 100.0 * right / len(data.y_test)
 
 
 def plain_step(

@@ -15,20 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import (
-    Arena,
-    Arenas,
-    Method,
-    Record,
-    Runner,
-    Task,
-    TrainStep,
-    adjusted,
-    facts,
-    parser,
-    progress,
-    write_page,
-)
+from arena import Arena, Arenas, Method, Task, TrainStep
+from common import adjusted, facts, parser, progress, write_page
+from record import Record, Runner
 
 import ddpn_fx
 from ddpn_fx.data import require

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Arena, Method, TrainStep
+from arena import Arena, Method, TrainStep
 
 import ddpn_fx
 from ddpn_fx.baselines import EMSA, VanillaDDP

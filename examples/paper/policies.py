@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Arenas, Record, Task, adjusted, facts, parser, write_page
+from arena import Arenas, Task
+from common import adjusted, facts, parser, write_page
 from methods import DEFAULT
+from record import Record
 from torch import Tensor, nn
 
 from ddpn_fx.data import require

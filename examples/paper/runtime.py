@@ -18,8 +18,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Arenas, Record, Task, adjusted, facts, parser, progress, write_page
+from arena import Arenas, Task
+from common import adjusted, facts, parser, progress, write_page
 from methods import BASELINES, DEFAULT, METRICS, OPTIMAL_CONTROL, PAPERS_FORM, WHOLE_BOUND
+from record import Record
 
 from ddpn_fx.data import require
 from ddpn_fx.demo import report

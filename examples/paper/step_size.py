@@ -13,8 +13,10 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from common import Arenas, Method, Record, Runner, Task, adjusted, facts, parser, progress, write_page
+from arena import Arenas, Method, Task
+from common import adjusted, facts, parser, progress, write_page
 from methods import ddpnopt, paper, plain
+from record import Record, Runner
 
 from ddpn_fx.data import require
 from ddpn_fx.demo import report

@@ -14,21 +14,10 @@ import sys
 from statistics import fmean, stdev
 from typing import Any
 
-from common import (
-    Arenas,
-    Method,
-    Record,
-    Runner,
-    Task,
-    adjusted,
-    chosen,
-    facts,
-    key_of,
-    parser,
-    progress,
-    write_page,
-)
+from arena import Arenas, Method, Task
+from common import adjusted, facts, parser, progress, write_page
 from methods import BASELINES, DEFAULT, METRICS, OPTIMAL_CONTROL, PAPERS_FORM, WHOLE_BOUND
+from record import Record, Runner, chosen, key_of
 
 from ddpn_fx.data import require
 from ddpn_fx.demo import report
