@@ -158,7 +158,10 @@ def _terminal(chain: Chain, mode: Mode, gammas: Gammas, batch: int, trajectory: 
         inside, outside = (one, weight) if mode.coupling == "sample" else (weight, one)
         curved = inside * factors.curved
         free = inside * (1 - factors.curved) * factors.beta
-        terminal = bellman.Terminal(*(blocks.columns_of(t) for t in (curved, factors.beta * factors.curved, free)))
+        # Stacked, so that each is a value in memory: a backend that fuses pointwise work would else work out the
+        # loss's weights anew for every entry of a matrix over samples.
+        parts = torch.stack([curved, factors.beta * factors.curved, free]).unbind()
+        terminal = bellman.Terminal(*(blocks.columns_of(t) for t in parts))
         return Linearization(
             gammas, [], blocks, terminal, outside, factors.S, clamps=factors.clamps, fault=factors.fault
         )

@@ -210,7 +210,7 @@ def _cross_entropy(chain: Chain, env: Env, batch: int) -> Phi:
     else:
         labels = target.reshape(rows, inner)
         valid = (labels != o["ignore_index"]).to(dtype)
-        chosen = ones[labels.clamp(0, classes - 1)] * valid
+        chosen = valid if weight is None else weight[labels.clamp(0, classes - 1)] * valid
         amount = ((1.0 - smoothing) * chosen + smoothing / classes * ones.sum() * valid).reshape(batch, outer, inner)
         normal = chosen.reshape(batch, -1).sum(1) if mean else x.new_ones(batch)
 

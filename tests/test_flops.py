@@ -67,6 +67,12 @@ def convolutions() -> tuple[nn.Module, list[Product]]:
     ]
 
 
+def images() -> tuple[nn.Module, list[Product]]:
+    """A convolution whose samples are large enough for the operator, and a dense layer."""
+    model = nn.Sequential(nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(16), nn.Flatten(), nn.Linear(64, 10))
+    return model, [Product(72, 64, 256, first=True), Product(64, 10)]
+
+
 class Sequence(nn.Module):
     """Dense layers over 32 positions, around a residual, and a mean over the positions."""
 
@@ -89,7 +95,12 @@ def sequence() -> tuple[nn.Module, list[Product]]:
     return Sequence(), layers
 
 
-MODELS = {"dense": (dense, (200,)), "convolutions": (convolutions, (3, 16, 16)), "sequence": (sequence, (32, 24))}
+MODELS = {
+    "dense": (dense, (200,)),
+    "convolutions": (convolutions, (3, 16, 16)),
+    "images": (images, (8, 16, 16)),
+    "sequence": (sequence, (32, 24)),
+}
 
 
 def flops(step) -> int:

@@ -141,7 +141,7 @@ class Rule:
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """K = Gamma^T Gamma in blocks: (G, n, n)."""
-        return gram_matrix(blocks.matrix(self.dense(argument)))
+        return gram_matrix(blocks.matrix(self._formed(argument)))
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Gamma omega, of the argument's shape; omega: (B, R). One VJP of the whole batch."""
@@ -154,10 +154,10 @@ class Rule:
 
     def contract_columns(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Gamma omega as one product with the columns, for a rule that has formed them or whose are small."""
-        columns = self.dense(argument)
+        columns, value = self._formed(argument), self.values[argument]
         dtype = accumulate_dtype(columns.dtype)
         flat = omega.reshape(1, -1).to(dtype) @ columns.reshape(omega.numel(), -1).to(dtype)
-        return flat.reshape(self.values[argument].shape).to(self.values[argument].dtype)
+        return self._ordered(flat.reshape(columns.shape[2:]), argument).to(value.dtype)
 
     def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
         """Gamma^T D: (B, R) for a direction D of the argument's shape."""
@@ -167,9 +167,24 @@ class Rule:
 
     def dense(self, argument: fx.Node) -> Tensor:
         """Gamma's columns: (B, R, *M)."""
+        return self._ordered(self._formed(argument), argument)
+
+    def element_order(self, argument: fx.Node) -> Sequence[int]:
+        """The dimensions of the argument in the order in which the columns are formed: for a Gram any will do."""
+        return range(self.values[argument].dim())
+
+    def _formed(self, argument: fx.Node) -> Tensor:
+        """The columns as they are formed, (B, R, *M in :meth:`element_order`), once."""
         if argument not in self._dense:
             self._dense[argument] = self._columns(argument)
         return self._dense[argument]
+
+    def _ordered(self, t: Tensor, argument: fx.Node) -> Tensor:
+        """(..., *M in :meth:`element_order`) -> (..., *M)."""
+        order, leading = list(self.element_order(argument)), t.dim() - self.values[argument].dim()
+        if order == sorted(order):
+            return t
+        return t.permute(*range(leading), *(leading + order.index(d) for d in range(len(order))))
 
     def weighted(self, omega: Tensor) -> Tensor:
         """sum_c omega_ic h[i, c]: the cotangents weighted and summed over columns, in the output's layout."""
@@ -180,7 +195,7 @@ class Rule:
         return batch_last(weighted, layout)
 
     def _columns(self, argument: fx.Node) -> Tensor:
-        """Per-sample VJP: vmap over samples and columns of the operator on a batch of one."""
+        """(B, R, *M in :meth:`element_order`). Per-sample VJP: vmap over samples and columns, on a batch of one."""
         mapped = [
             n
             for n in self.node.all_input_nodes

@@ -82,7 +82,7 @@ class Linear(Rule):
     def form(self, argument: fx.Node, blocks: Blocks) -> None:
         """The weight's, where they are kept."""
         if self._is_weight(argument) and self._keeps_columns(blocks):
-            self.dense(argument)
+            self._formed(argument)
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Weight: (sum_c omega h)^T x in one product; bias: its sum over samples and positions."""
