@@ -1,0 +1,300 @@
+"""Steps and seconds to a target: tuned SGD, momentum and Adam against DDPNOpt at its defaults, and tuned.
+
+A task's target is the merit with which its best baseline ends, the mean over the seeds. What counts is the first
+evaluation at which a method's mean over the seeds reaches it. Every baseline's step size, and DDPNOpt's setting in the
+row "tuned", are chosen by one training of each on other held-out data than those that are reported. Seconds are steps
+times the median of a step, measured in turn at the end; a baseline is charged a compiled SGD step, momentum and Adam
+too, which favours them.
+
+    python examples/bench/target.py --data FOLDER                     all tasks, hours on one core; it is resumed
+    python examples/bench/target.py --data FOLDER --tasks mnist-128   a part, and the page of all that is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from step import compiled_sgd
+from tasks import TASKS, Loaded, Task
+from torch import Tensor, nn
+
+import ddpn_fx
+from ddpn_fx.data import require
+from ddpn_fx.demo import report
+from ddpn_fx.demo.compare import one_thread, plain_step
+from ddpn_fx.demo.timing import interleaved
+from ddpn_fx.preconditioners import Diagonal, Factored
+
+RESULTS = Path(__file__).resolve().parents[1] / "results/bench/target.json"
+SEEDS, EVALUATIONS = 3, 30
+BASELINES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": torch.optim.SGD,
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "Adam": torch.optim.Adam,
+}
+DEFAULT = "DDPNOpt"
+# Settings besides the default that the row "tuned" chooses from: name -> (lr, options).
+ADAM_LIKE = Diagonal(decay=0.99, bias_correction=True, relative_eps=0.01)
+SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
+    DEFAULT: (1.0, {}),
+    "lr 0.3": (0.3, {}),
+    "lr 3": (3.0, {}),
+    "lr 10": (10.0, {}),
+    "factored, beta1 0.9, lr 0.01": (0.01, {"preconditioner": Factored(), "beta1": 0.9}),
+    "diagonal, beta1 0.9, lr 0.01": (0.01, {"preconditioner": ADAM_LIKE, "beta1": 0.9}),
+}
+
+
+class Record:
+    """Trainings by name in a JSON file, written anew whenever one is added; another process's are kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells: dict[str, Any] = {}
+        self.times: dict[str, dict[str, float]] = {}
+        self._read()
+
+    def _read(self) -> None:
+        if self.path.is_file():
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            self.cells = found["cells"] | self.cells
+            self.times = found["step_ms"] | self.times
+
+    def write(self, **more: Any) -> None:
+        """Write all; a stop in the middle leaves the old file."""
+        self._read()
+        other = self.path.with_suffix(".tmp")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        report.write_json(other, report.environment() | {"step_ms": self.times, "cells": self.cells} | more)
+        os.replace(other, self.path)
+
+
+class Bench:
+    """One task's data, a module that all trainings share, and the record."""
+
+    def __init__(self, task: Task, folder: str | None, record: Record) -> None:
+        self.task, self.record = task, record
+        self.loaded: Callable[[], Loaded] = cache(lambda: task.load(folder))
+        self._net: Any = None
+
+    def net(self) -> ddpn_fx.CompiledModule:
+        """The module as DDPNOpt takes it, so that a program is compiled once for all its trainings."""
+        if self._net is None:
+            self._net = ddpn_fx.compile(self.loaded().build(), loss=self.task.loss)
+        return self._net
+
+    def cell(self, method: str, value: float, seed: int) -> dict[str, Any]:
+        """A training: the merit on both held-out parts at every evaluation, from the record or run now."""
+        key = f"{self.task.key} | {self.task.steps} steps | {method} | {value:g} | seed {seed}"
+        if key not in self.record.cells:
+            self.record.cells[key] = self._train(method, value, seed)
+            self.record.write()
+            print(f"{key}: {self.record.cells[key]['curve'][-1]}", file=sys.stderr, flush=True)
+        return self.record.cells[key]
+
+    def _train(self, method: str, value: float, seed: int) -> dict[str, Any]:
+        task, loaded = self.task, self.loaded()
+        torch.manual_seed(seed)
+        weights = loaded.build().state_dict()
+        step, model = self._step(method, value, weights)
+        curve: list[list[float | None]] = []
+        for taken, (x, y) in enumerate(loaded.batches(task.batch, task.steps, seed), start=1):
+            loss = step(x, y)
+            if taken % max(1, task.steps // EVALUATIONS) == 0 or taken == task.steps:
+                merits = [self._merit(model, part) for part in loaded.held_out]
+                curve.append([taken, *(m if math.isfinite(m) else None for m in merits)])
+                if not math.isfinite(float(loss)):
+                    break
+        return {"task": task.key, "method": method, "value": value, "seed": seed, "curve": curve}
+
+    def _step(self, method: str, value: float, weights: dict[str, Tensor]) -> tuple[Callable[..., Tensor], nn.Module]:
+        if method in BASELINES:
+            model = self.loaded().build()
+            model.load_state_dict(weights)
+            return plain_step(model, BASELINES[method](model.parameters(), lr=value), loss=self.task.loss), model
+        self.net().load_state_dict(weights)
+        lr, options = SETTINGS[method]
+        return ddpn_fx.DDPNOpt(self.net(), lr=lr, **options).train_step, self.net()
+
+    def _merit(self, model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
+        with torch.no_grad():
+            output = torch.cat([model(x) for x in part[0].split(500)])
+        return self.loaded().merit(output, part[1])
+
+    def run(self) -> dict[str, tuple[str, float]]:
+        """All trainings that are missing; row -> the method and value that were chosen for it."""
+        chosen: dict[str, tuple[str, float]] = {}
+        for name, values in self.task.grids.items():
+            chosen[name] = name, max(values, key=lambda v, name=name: self._choice(name, v))
+        tuned = max(SETTINGS, key=lambda s: self._choice(s, SETTINGS[s][0]))
+        chosen |= {DEFAULT: (DEFAULT, SETTINGS[DEFAULT][0]), "DDPNOpt, tuned": (tuned, SETTINGS[tuned][0])}
+        rival = max(BASELINES, key=lambda n: self._choice(*chosen[n]))
+        for row in (rival, DEFAULT, "DDPNOpt, tuned"):
+            for seed in range(SEEDS):
+                self.cell(*chosen[row], seed)
+        self.time(tuned)
+        return chosen
+
+    def _choice(self, method: str, value: float) -> float:
+        """The choosing part's merit at the end of one training (seed 0), upwards."""
+        taken, merit, _ = self.cell(method, value, 0)["curve"][-1]
+        if merit is None or taken < self.task.steps:
+            return -math.inf
+        return merit if self.task.higher else -merit
+
+    def time(self, tuned: str) -> None:
+        """Milliseconds of a step, in turn: a compiled SGD step, the default, the tuned setting."""
+        names = dict.fromkeys((DEFAULT, tuned))
+        if set(names) <= set(self.record.times.get(self.task.key, {})):
+            return
+        loaded = self.loaded()
+        batches = list(loaded.batches(self.task.batch, 4, 0))
+        steps: dict[str, Any] = {"SGD": compiled_sgd(loaded.build(), self.task.loss, "inductor")}
+        for name in names:
+            lr, options = SETTINGS[name]
+            steps[name] = ddpn_fx.DDPNOpt(self.net(), lr=lr, **options).train_step
+        seconds = interleaved(steps, batches, repeats=15, warm=3)
+        self.record.times[self.task.key] = {k: 1e3 * statistics.median(v) for k, v in seconds.items()}
+        self.record.write()
+
+    def curve(self, method: str, value: float) -> list[tuple[int, float]]:
+        """(steps, mean reported merit over the seeds), as far as every seed goes."""
+        runs = [self.cell(method, value, seed)["curve"] for seed in range(SEEDS)]
+        found = []
+        for points in zip(*runs, strict=False):
+            merits = [p[2] for p in points]
+            if any(m is None for m in merits):
+                break
+            found.append((points[0][0], statistics.fmean(merits)))
+        return found
+
+
+def reached(curve: list[tuple[int, float]], target: float, higher: bool) -> int | None:
+    """Steps at the first evaluation that is as good as the target."""
+    return next((s for s, m in curve if (m >= target if higher else m <= target)), None)
+
+
+def summary(bench: Bench, chosen: dict[str, tuple[str, float]]) -> dict[str, Any]:
+    """The target, and for the best baseline, the default and the tuned setting: steps, seconds, merit at the end."""
+    task, times = bench.task, bench.record.times[bench.task.key]
+    rival = max(BASELINES, key=lambda n: bench._choice(*chosen[n]))
+    target = bench.curve(*chosen[rival])[-1][1]
+    rows = {}
+    for row in (rival, DEFAULT, "DDPNOpt, tuned"):
+        curve = bench.curve(*chosen[row])
+        steps = reached(curve, target, task.higher)
+        setting = f"{rival} {chosen[rival][1]:g}" if row == rival else chosen[row][0]
+        ms = times["SGD"] if row == rival else times[chosen[row][0]]
+        end = curve[-1][1] if curve and curve[-1][0] == task.steps else None
+        seconds = None if steps is None else steps * ms / 1e3
+        rows[row] = {"setting": setting, "steps": steps, "seconds": seconds, "step_ms": ms, "end": end}
+    return {"about": task.about, "batch": task.batch, "target": target, "unit": task.unit, "rival": rival, "rows": rows}
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """A line a task: the target, and steps and seconds over the best baseline's."""
+    header = ("task", "target", "best baseline", "steps", "DDPNOpt: steps", "seconds", "at the end", "tuned", "steps",
+              "seconds", "at the end")  # fmt: skip
+    lines = []
+    for key, s in summaries.items():
+        rival = s["rows"][s["rival"]]
+        line = [key, f"{s['target']:.2f} {s['unit']}", rival["setting"], str(rival["steps"])]
+        for row in (DEFAULT, "DDPNOpt, tuned"):
+            mine = s["rows"][row]
+            line += [mine["setting"]] if row != DEFAULT else []
+            line += [_ratio(mine["steps"], rival["steps"]), _ratio(mine["seconds"], rival["seconds"])]
+            line += ["diverged" if mine["end"] is None else f"{mine['end']:.2f}"]
+        lines.append(line)
+    return report.markdown(header, lines)
+
+
+def _ratio(mine: float | None, theirs: float) -> str:
+    return "not reached" if mine is None else f"{mine / theirs:.2f}"
+
+
+def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
+    """On how many tasks the default reaches the target in so many steps and seconds, as the figures are."""
+
+    def count(name: str, most: float) -> int:
+        return sum(
+            s["rows"][DEFAULT][name] is not None and s["rows"][DEFAULT][name] <= most * s["rows"][s["rival"]][name]
+            for s in summaries.values()
+        )
+
+    n = len(summaries)
+    return [
+        f"The default, one setting for all {n} tasks, needs at most 0.6 of the best tuned baseline's steps on "
+        f"{count('steps', 0.6)} and at most 0.75 of its seconds on {count('seconds', 0.75)} of them; at most 1.1 of "
+        f"the steps on {count('steps', 1.1)}, of the seconds on {count('seconds', 1.1)}.",
+    ]
+
+
+def picture(path: Path, benches: list[tuple[Bench, dict[str, tuple[str, float]]]]) -> None:
+    """A panel a task: mean merit against steps."""
+    figure = require("matplotlib.figure").Figure(figsize=(4.2 * min(4, len(benches)), 3.2 * -(-len(benches) // 4)))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(-(-len(benches) // 4), min(4, len(benches)), squeeze=False).flatten()
+    for axes, (bench, chosen) in zip(panels, benches, strict=False):
+        rival = max(BASELINES, key=lambda n: bench._choice(*chosen[n]))
+        for row, color in ((rival, "#0072b2"), (DEFAULT, "#c1272d"), ("DDPNOpt, tuned", "#e69f00")):
+            curve = bench.curve(*chosen[row])
+            axes.plot(*zip(*curve, strict=True), color=color, label=f"{row}, tuned" if row == rival else row)
+        values = [m for _, m in bench.curve(*chosen[rival])]
+        low, high = sorted((values[len(values) // 5], values[-1]))
+        axes.set_ylim(low - 0.3 * (high - low), high + 0.8 * (high - low)) if bench.task.higher else axes.set_ylim(
+            low - 0.8 * (high - low), high + 0.3 * (high - low)
+        )
+        axes.set_title(bench.task.key, fontsize=9)
+        axes.legend(fontsize=7)
+    for axes in panels[len(benches) :]:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def complete(record: Record) -> Iterator[Task]:
+    """The tasks whose trainings are all there."""
+    for task in TASKS:
+        done = {c["method"] for c in record.cells.values() if c["task"] == task.key and c["seed"] == SEEDS - 1}
+        if DEFAULT in done and task.key in record.times:
+            yield task
+
+
+def main() -> None:
+    """Run what is missing of the chosen tasks, write the page of all complete ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", help="folder of the .npz files (see ddpn_fx.data)")
+    parser.add_argument("--tasks", nargs="+", choices=[t.key for t in TASKS], default=[t.key for t in TASKS])
+    parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    record = Record(options.out)
+    with one_thread():
+        for task in TASKS:
+            if task.key in options.tasks:
+                Bench(task, options.data, record).run()
+        benches = [(b := Bench(t, options.data, record), b.run()) for t in complete(record)]
+    summaries = {b.task.key: summary(b, chosen) for b, chosen in benches}
+    record.write(tasks=summaries)
+    picture(options.out.with_suffix(".png"), benches)
+    about = (
+        "# Steps and seconds to the best tuned baseline's own merit\n\n"
+        f"Mean over {SEEDS} seeds, evaluated some {EVALUATIONS} times a training. Steps and seconds of DDPNOpt are "
+        "over the baseline's. Seconds are steps times a step's median; a baseline is charged a compiled SGD step."
+    )
+    pages = [about, table(summaries), *verdict(summaries), f"![merit against steps]({options.out.stem}.png)"]
+    page = "\n\n".join([*pages, report.describe(report.environment())]) + "\n"
+    options.out.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
