@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from ddpn_fx import control, preconditioners
     from ddpn_fx.explanation import explain
     from ddpn_fx.inspect import export
+    from ddpn_fx.memory import keep_freed_memory
     from ddpn_fx.module import compile
     from ddpn_fx.optimizer import DDPNOpt
     from ddpn_fx.passes.errors import CaptureError, LossError, StagingError
@@ -23,6 +24,7 @@ __all__ = [
     "control",
     "explain",
     "export",
+    "keep_freed_memory",
     "preconditioners",
 ]
 
@@ -33,6 +35,7 @@ _HOMES = {
     "DDPNOpt": "ddpn_fx.optimizer",
     "explain": "ddpn_fx.explanation",
     "export": "ddpn_fx.inspect",
+    "keep_freed_memory": "ddpn_fx.memory",
     "Recorder": "ddpn_fx.recorder",
     "CaptureError": "ddpn_fx.passes.errors",
     "LossError": "ddpn_fx.passes.errors",

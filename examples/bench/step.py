@@ -213,6 +213,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backend", default="inductor", help="of torch.compile, for all (default: inductor)")
     parser.add_argument("--repeats", type=int, default=60, help="timed calls of each step (default: 60)")
     parser.add_argument("--warm", type=int, default=5, help="calls of each before the timed ones (default: 5)")
+    parser.add_argument(
+        "--keep-freed-memory", action="store_true", help="call ddpn_fx.keep_freed_memory() first: for all methods alike"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
     default = Path(__file__).parents[1] / "results/bench/step.json"
     parser.add_argument("--out", metavar="FILE", type=Path, default=default)
@@ -230,6 +233,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Compile all, time them in turn, print the table and write the figures."""
     chosen = arguments()
+    if chosen.keep_freed_memory and not ddpn_fx.keep_freed_memory():
+        sys.exit("step.py: --keep-freed-memory: this C library has no such setting")
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     found = {}
@@ -239,6 +244,7 @@ def main() -> None:
             found[f"{name}, {batch}"] = run(name, made[name], batch, chosen)
     environment = report.environment()
     page = f"{table(found)}\n\nTime, FLOPs and peak memory over SGD's; {chosen.repeats} interleaved repeats, "
+    page += "freed memory kept, " if chosen.keep_freed_memory else ""
     page += f"backend {chosen.backend}, {torch.get_num_threads()} threads. {report.describe(environment)}\n"
     print(page, end="")
     setting = {k: v for k, v in vars(chosen).items() if k != "out"}

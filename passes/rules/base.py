@@ -234,10 +234,27 @@ def _single_sample_sizes(node: fx.Node, values: dict[fx.Node, Any], batch: int) 
     return found
 
 
+# Least rows of a Gram that is worked out in halves.
+_LEAST_HALVED = 128
+
+
 def gram_matrix(columns: Tensor) -> Tensor:
     """(G, n, m) -> (G, n, n), in the accumulation dtype; one block is a plain product, faster than a batched one."""
     columns = columns.to(accumulate_dtype(columns.dtype))
-    return (columns[0] @ columns[0].mT)[None] if columns.shape[0] == 1 else columns @ columns.mT
+    return _symmetric(columns[0])[None] if columns.shape[0] == 1 else columns @ columns.mT
+
+
+def _symmetric(rows: Tensor) -> Tensor:
+    """``rows @ rows.mT``: (n, m) -> (n, n). Many rows go by halves on a CPU, and what is below the diagonal is a copy.
+
+    BLAS has a product for that, but no operator of a graph reaches it.
+    """
+    half = rows.shape[0] // 2
+    if 2 * half < _LEAST_HALVED or rows.device.type != "cpu":
+        return rows @ rows.mT
+    above, below = rows[:half], rows[half:]
+    cross = above @ below.mT
+    return torch.cat([torch.cat([_symmetric(above), cross], 1), torch.cat([cross.mT, _symmetric(below)], 1)])
 
 
 def second_moment(vectors: Tensor, diagonal: bool) -> Tensor:
