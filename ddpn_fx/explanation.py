@@ -13,6 +13,7 @@ from typing import Any
 from ddpn_fx.inspect import net_of
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.optimizer import DDPNOpt
+from ddpn_fx.passes.catalogue import CATALOGUE
 from ddpn_fx.passes.ir import HOW, Chain, ParamUse
 from ddpn_fx.passes.log import PassRecord
 from ddpn_fx.passes.lower import Lowered
@@ -80,6 +81,7 @@ class Explanation:
         unused: trainable parameters that no stage uses.
         outside: trainable parameters of the model in no group of the optimizer.
         mixing: what mixes the samples of the batch, or empty.
+        off: names of the passes that are switched off.
         failed: the pass and the error of a compilation that failed, or empty.
     """
 
@@ -96,10 +98,13 @@ class Explanation:
     outside: tuple[str, ...] = ()
     mixing: str = ""
     failed: str = ""
+    off: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The report."""
         lines = [f"{self.model}: {self.captured or 'not captured'}"]
+        if self.off:
+            lines += ["", "Switched off", *(f"  {e.name:<15} {e.does}" for e in CATALOGUE if e.name in self.off)]
         if self.failed:
             lines += ["", f"The latest compilation failed in {self.failed}"]
         if self.passes:
@@ -151,7 +156,7 @@ def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
     failed = f"{failure.failed}: {failure.error}" if failure else ""
     frozen = tuple(n for n, p in net.named_parameters() if not p.requires_grad)
     if not net._chains:
-        return Explanation(name, frozen=frozen, failed=failed)
+        return Explanation(name, frozen=frozen, failed=failed, off=net._options["off"])
     chain = net.chain
     grouped = None
     if isinstance(net_or_opt, DDPNOpt):
@@ -176,6 +181,7 @@ def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
         outside=tuple(n for n, p in trainable.items() if grouped is not None and id(p) not in grouped),
         mixing="" if chain.mixing is None else describe(chain.mixing),
         failed=failed,
+        off=net._options["off"],
     )
 
 

@@ -349,6 +349,7 @@ class DDPNOpt(Optimizer):
             rollout=self.rollout,
             feedback=self.feedback,
             fold=folds
+            and "fold" not in self.net._options["off"]
             and self.quu == "gauss-newton"
             and self.rollout == "linear"
             and not regularized
@@ -361,6 +362,7 @@ class DDPNOpt(Optimizer):
             average=average,
             preconditioner=self.preconditioner,
             tikhonov=regularized,
+            off=self.net._options["off"],
         )
 
     def _new_vector(self, like: Tensor) -> Tensor:

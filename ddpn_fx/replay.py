@@ -45,7 +45,8 @@ def replay(net: CompiledModule, skipped: dict[str, str]) -> list[Snapshot]:
         loss = net._options["loss"]
         ear = watched(lambda *event: listen("model", *event))
         with net._undisturbed(), torch.inference_mode(False), torch.enable_grad(), ear:
-            again = build_chain(net._original, loss, args, kwargs, target, module_loss=loss is None)
+            off = net._options["off"]
+            again = build_chain(net._original, loss, args, kwargs, target, module_loss=loss is None, off=off)
         stages = {node: stage.index for stage in again.stages for node in stage.nodes}
         found.append(take("stage", "model", again.graph, stages))
         if net._lowered:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ddpn_fx.passes.catalogue import enabled
 from ddpn_fx.passes.ir import Chain, ParamUse, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, rules
 from ddpn_fx.passes.numeric import accumulate_dtype
@@ -54,14 +55,15 @@ class Gamma:
 
     def gram(self, blocks: Blocks, metric: Any = None) -> Tensor:
         """Gamma^T M^-1 Gamma in blocks, for a :class:`~ddpn_fx.passes.metric.Metric` or the identity: (G, n, n)."""
+        ghost = enabled("ghost-grams")
         if metric is not None:
-            factors = None if metric.sides is None else self.factors(blocks)
+            factors = None if metric.sides is None or not ghost else self.factors(blocks)
             if factors is not None:
                 x, h = (t.to(accumulate_dtype(t.dtype)) for t in factors)
                 rows, columns = metric.sides
                 return product_gram(columns(x), rows(h), blocks)
             return gram_matrix(blocks.matrix(metric.whiten(self.columns())))
-        if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
+        if ghost and len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
 
@@ -102,7 +104,10 @@ class Gamma:
         return self.parameters.pull(entry.argument, part, columns=True)[self.name]
 
     def _entry_contract(self, entry: Entry, omega: Tensor) -> Tensor:
-        part = entry.rule.contract(entry.argument, omega)
+        if enabled("kept-gradients"):
+            part = entry.rule.contract(entry.argument, omega)
+        else:
+            part = Rule.contract(entry.rule, entry.argument, omega)
         if entry.argument.op == "placeholder":
             return part
         return self.parameters.pull(entry.argument, part.to(self.parameters[entry.argument].dtype))[self.name]

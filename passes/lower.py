@@ -19,6 +19,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ddpn_fx.passes.catalogue import log_off
 from ddpn_fx.passes.derive import NotSharedError, Sharing, shared
 from ddpn_fx.passes.functional import make_functional
 from ddpn_fx.passes.fuse import fuse
@@ -143,6 +144,7 @@ def lower(
     shapes = [(t.shape, t.dtype, t.device) for t in [*tensors, *(state[n] for n in names.state)]]
     if backend is None:
         return Lowered(program, names, None, _untraced(program, names), vector.clone(), shapes)
+    log_off(program.mode.off)
     flat = names.flatten(params, buffers, leaves, vector, state)
     records: list[PassRecord] = []
     written: list[tuple[int, int]] = []
@@ -170,7 +172,7 @@ def lower(
         record.counts = dict(module.meta.get("sharing", {}))
     with timed("fuse", records, module.graph) as record:
         _write_in_place(module, written)
-        fuse(module)
+        fuse(module, program.mode.off)
         _name_placeholders(module, names)
         record.after = op_counts(module.graph)
     run: Callable[..., Any] = module
@@ -339,6 +341,6 @@ def parts(
         ("feedback", feedback, [*base, *states, *policies]),
     ):
         with program.kernels():
-            module = fuse(trace(function, inputs))
+            module = fuse(trace(function, inputs), program.mode.off)
         found[name] = (module, list(inputs))
     return found

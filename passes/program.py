@@ -10,8 +10,8 @@ together are what is compiled. Nothing here knows a model or a batch: both come 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpn_fx.passes.backward import Linearization, backward
+from ddpn_fx.passes.catalogue import without
 from ddpn_fx.passes.feedback import Rollout
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.metric import Site, sites
@@ -52,11 +53,18 @@ class Program:
             self._sites = sites(self.chain, params)
         return self._sites
 
-    def kernels(self) -> AbstractContextManager[None]:
-        """Attention as plain operators where several columns are pulled back: its fused backward cannot be batched."""
-        if not self.mode.feedback or self.mode.terminal.single_column:
-            return nullcontext()
-        return sdpa_kernel(SDPBackend.MATH)
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """What the step runs under: the passes that are off, and attention as plain operators.
+
+        The latter where several columns are pulled back: attention's fused backward cannot be batched.
+        """
+        with without(self.mode.off):
+            if not self.mode.feedback or self.mode.terminal.single_column:
+                yield
+                return
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
 
     def simulate(
         self,
