@@ -26,8 +26,8 @@ from ddpn_fx.passes.fuse import fuse
 from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.ir import HELD
 from ddpn_fx.passes.log import PassRecord, log, op_counts, timed
-from ddpn_fx.passes.mode import STATISTICS, Hyper
-from ddpn_fx.passes.program import Program
+from ddpn_fx.passes.mode import Hyper
+from ddpn_fx.passes.program import Program, pack
 from ddpn_fx.passes.provenance import KEYS, origin
 
 aten = torch.ops.aten
@@ -329,7 +329,7 @@ def parts(
                 policy.open = next(given)
                 policy.factor = next(given) if policy.factor is not None else None
         changes, _, statistics = program.feedback(trajectory, linear, hyper, s)
-        return [*changes.values(), torch.stack([statistics[k].to(v.dtype) for k in STATISTICS])]
+        return [*changes.values(), pack(statistics, v.dtype)]
 
     with program.kernels(), torch.no_grad(), random_state(base):
         states = simulate(*base)[1 : 1 + len(kept)]

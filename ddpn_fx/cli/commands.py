@@ -124,10 +124,11 @@ def passes(options: argparse.Namespace) -> None:
 
 def picture(options: argparse.Namespace) -> None:
     """Draw a recorded training."""
-    from ddpn_fx.picture import draw, read
+    from ddpn_fx.picture import draw
+    from ddpn_fx.records import read
 
     try:
-        draw(*read(options.record), options.picture)
+        draw(read(options.record), options.picture)
     except ModuleNotFoundError as error:
         raise CommandError(str(error)) from error
     except (OSError, ValueError) as error:
