@@ -33,7 +33,8 @@ class Reads(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten._to_copy.default)
+        moves = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") is not None
+        self.count += moves or func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
 
@@ -93,6 +94,9 @@ def test_nothing_is_read_between_flushes(opt):
         for _ in range(2):
             recorder._after(opt, (opt, *batch()), {})
     assert reads.count == 0
+    with Reads() as reads:
+        float(opt.stats["loss"])
+    assert reads.count == 1, "a reading would have been seen"
     assert recorder.history == []
     recorder._after(opt, (opt, *batch()), {})
     assert len(recorder.history) == 3
