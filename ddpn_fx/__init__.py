@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddpn_fx import control, preconditioners
     from ddpn_fx.explanation import explain
+    from ddpn_fx.feedback_matrices import policies
     from ddpn_fx.inspect import export
     from ddpn_fx.module import compile
     from ddpn_fx.optimizer import DDPNOpt
@@ -23,6 +24,7 @@ __all__ = [
     "control",
     "explain",
     "export",
+    "policies",
     "preconditioners",
 ]
 
@@ -33,6 +35,7 @@ _HOMES = {
     "DDPNOpt": "ddpn_fx.optimizer",
     "explain": "ddpn_fx.explanation",
     "export": "ddpn_fx.inspect",
+    "policies": "ddpn_fx.feedback_matrices",
     "Recorder": "ddpn_fx.recorder",
     "CaptureError": "ddpn_fx.passes.errors",
     "LossError": "ddpn_fx.passes.errors",

@@ -19,15 +19,14 @@ from ddpn_fx.kept import Kept
 from ddpn_fx.last import Last, stage_figures
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.options import GROUP_KEYS, check_arguments, check_group, check_loop, initial_groups, number
-from ddpn_fx.passes.errors import LossError, StagingError
+from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
 from ddpn_fx.passes.metric import Preconditioner
 from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
-from ddpn_fx.passes.provenance import describe
-from ddpn_fx.structure import mode_of, structure_of
+from ddpn_fx.structure import mode_of, refuse_mixing, structure_of
 
 
 class DDPNOpt(Optimizer):
@@ -299,12 +298,7 @@ class DDPNOpt(Optimizer):
     def _lower(
         self, chain: Chain, mode: Mode, leaves: list[Any], batch: int, params: Mapping[str, nn.Parameter]
     ) -> Lowered:
-        if chain.mixing is not None and self.feedback:
-            raise StagingError(
-                f"DDPNOpt.train_step: {describe(chain.mixing)} mixes the samples of the batch, so a sample has no "
-                "state of its own; use feedback=False (plain gradient steps), or a norm over each sample "
-                "(GroupNorm, LayerNorm) in its place"
-            )
+        refuse_mixing("DDPNOpt.train_step", chain, self.feedback)
         program = Program(chain, mode, batch, leaves)
         options = self.net._options
         kwargs_of_compile = {k: v for k, v in options["compile_kwargs"].items() if k != "fullgraph"}

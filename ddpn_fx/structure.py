@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ddpn_fx.passes.errors import StagingError
+from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.mode import Mode
+from ddpn_fx.passes.provenance import describe
 
 if TYPE_CHECKING:
     from ddpn_fx.optimizer import DDPNOpt
@@ -74,3 +77,17 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         stages=figures,
         off=off,
     )
+
+
+def refuse_mixing(call: str, chain: Chain, feedback: bool) -> None:
+    """Refuse a closed loop over samples that mix.
+
+    Raises:
+        StagingError: they do; ``call`` is who asked.
+    """
+    if chain.mixing is not None and feedback:
+        raise StagingError(
+            f"{call}: {describe(chain.mixing)} mixes the samples of the batch, so a sample has no "
+            "state of its own; use feedback=False (plain gradient steps), or a norm over each sample "
+            "(GroupNorm, LayerNorm) in its place"
+        )

@@ -37,6 +37,29 @@ MODES = {
 SPECTRUM = ("gram_trace", "gram_max", "effective_dimension")
 
 
+@dataclasses.dataclass(frozen=True)
+class Four:
+    """The metric 4 I."""
+
+    moments = "gradient"
+    sides = None
+
+    def state(self, site, like):
+        return {}
+
+    def metric(self, moment, state):
+        return self, {}
+
+    def solve(self, direction):
+        return direction / 4
+
+    def whiten(self, columns):
+        return columns / 2
+
+    def refresh(self, site, state, step):
+        pass
+
+
 def check(
     name, settings, *, backend="eager", batch=4, tolerance=1e-9, steps=2, skip=(), metric=None, moments="gradient"
 ):
@@ -93,28 +116,6 @@ def test_parameters_with_their_own_step_size_and_fixed_ones():
 
 def test_a_metric():
     """With a metric that is M = 4 I, eta becomes eta / 4."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Four:
-        moments = "gradient"
-
-        def state(self, site, like):
-            return {}
-
-        def metric(self, moment, state):
-            return self, {}
-
-        def solve(self, direction):
-            return direction / 4
-
-        def whiten(self, columns):
-            return columns / 2
-
-        sides = None
-
-        def refresh(self, site, state, step):
-            pass
-
     for coupling in ("batch", 2):
         found = []
         for preconditioner, lr in ((Four(), 1.2), ("identity", 0.3)):
