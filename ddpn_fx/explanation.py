@@ -110,7 +110,7 @@ class Explanation:
         if self.passes:
             lines += ["", "Passes", *map(_pass_line, self.passes)]
         if self.stages:
-            lines += ["", "Stages", *(line for row in self.stages for line in _stage_lines(row))]
+            lines += ["", "Stages", *self.stage_lines()]
         lines += [
             "",
             "Compiled steps",
@@ -120,10 +120,15 @@ class Explanation:
             shapes = ", ".join(map(str, program.shapes))
             lines.append(f"  {number}. batch {program.batch}, shapes {shapes}: {program.trigger}")
             lines += [f"  {_pass_line(each)}" for each in program.passes]
-        lines += ["", "What the fast path does not cover", *self._limits()]
+        lines += ["", "What the fast path does not cover", *(self.limits() or ["  nothing"])]
         return "\n".join(lines)
 
-    def _limits(self) -> list[str]:
+    def stage_lines(self) -> list[str]:
+        """The stages as lines of the report: controls, states, rules, and why the cut is there."""
+        return [line for row in self.stages for line in _stage_lines(row)]
+
+    def limits(self) -> list[str]:
+        """What the fast path does not cover, as lines of the report; none where it covers everything."""
         found = [f"  generic rule (per-sample VJP of the operator): {op}" for op in self.generic]
         found += [f"  per-sample gradients, {when}: {op}" for op, when in self.per_sample.items()]
         for name, (owner, *later) in self.tied.items():
@@ -135,7 +140,7 @@ class Explanation:
         ):
             found += [f"  {title}: {', '.join(names)}"] if names else []
         found += [f"  mixes the samples of the batch: {self.mixing}"] if self.mixing else []
-        return found or ["  nothing"]
+        return found
 
 
 def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:

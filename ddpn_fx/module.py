@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ddpn_fx import journal
 from ddpn_fx.batch import autocast, check_batch, finite, same_structure, split_inputs, structure
 from ddpn_fx.passes.capture import borrowed
 from ddpn_fx.passes.catalogue import switched_off
@@ -206,6 +207,7 @@ class CompiledModule(nn.Module):
             )
         # What the forward pass itself changes is known now, and which inputs are the batch.
         self._chains[self._signature(), complete, structure(batch, chain.captured.batched)] = chain
+        journal.captured(self)
         return chain
 
     def _try(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: tuple[Any, ...]) -> None:

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddpn_fx import preconditioners
+from ddpn_fx import journal, preconditioners
 from ddpn_fx import terminal as terminals
 from ddpn_fx.batch import split_batch
 from ddpn_fx.kept import Kept
@@ -292,6 +292,7 @@ class DDPNOpt(Optimizer):
         if shared not in net._lowered:
             with _full_precision(params):
                 net._lowered[shared] = self._lower(chain, mode, leaves, batch, params)
+            journal.compiled(self)
         self._programs[present] = net._lowered[shared]
         return self._programs[present]
 
