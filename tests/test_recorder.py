@@ -1,6 +1,9 @@
 """The recorder keeps every step's statistics without reading them in between, and gives back what it borrows."""
 
 import csv
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,6 +258,18 @@ def test_a_picture_of_training(opt, tmp_path, monkeypatch, where):
     assert [len(line.get_xdata()) for line in panels["|feedback part of du|"].lines] == [0, 2, 2], "y_0 is 0"
 
 
+def test_the_example_of_the_documentation(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    script = Path(__file__).resolve().parent.parent / "examples" / "watch.py"
+    command = [sys.executable, str(script), "--steps", "4", "--every", "2", "--out", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert found == {"training.csv", "training.stages.csv", "training.png"}
+    assert len(rows(tmp_path / "runs" / "training.stages.csv")) == 2 * 4
+
+
 def test_a_picture_on_the_command_line(opt, tmp_path, capsys, monkeypatch):
     lines_of(monkeypatch)
     path, picture = tmp_path / "training.csv", tmp_path / "training.svg"
@@ -276,8 +291,8 @@ def test_a_picture_without_matplotlib_and_without_a_record(opt, tmp_path, monkey
         opt.train_step(*batch())
         with pytest.raises(ValueError, match="the records went to TensorBoard alone; give the recorder a path="):
             elsewhere.picture(tmp_path / "training.png")
-        for name in [n for n in __import__("sys").modules if n.partition(".")[0] == "matplotlib"]:
-            monkeypatch.delitem(__import__("sys").modules, name)
+        for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
+            monkeypatch.delitem(sys.modules, name)
         monkeypatch.setattr("importlib.import_module", refuse)
         with pytest.raises(ModuleNotFoundError, match=r'matplotlib is not installed: pip install "ddpn-fx\[demo\]"'):
             recorder.picture(tmp_path / "training.png")
@@ -295,6 +310,6 @@ def test_arguments(opt, tmp_path, monkeypatch):
     for every in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="it must be a positive number of steps"):
             ddpn_fx.Recorder(opt, every=every)
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
         ddpn_fx.Recorder(opt, tensorboard=tmp_path)
