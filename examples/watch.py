@@ -7,6 +7,7 @@ python examples/watch.py --steps 1000 --out runs
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     data = load("digits", flat=True)
     widths = (64, 32, 32, 32)
-    hidden = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     net = ddpn_fx.compile(nn.Sequential(*hidden, nn.Linear(32, 10)), loss=F.cross_entropy, backend="eager")
     opt = ddpn_fx.DDPNOpt(net)
     path = options.out / "training.csv"
