@@ -170,7 +170,10 @@ def _distribution(y: Tensor) -> list[Tensor]:
 
 
 def _spectrum(gram: Tensor, root: Tensor) -> list[Tensor]:
-    """Trace, largest eigenvalue and effective dimension of D K D; gram: (G, n, n), root: D, (G, n)."""
+    """Trace, largest eigenvalue and effective dimension of D K D; gram: (G, n, n), root: D, (G, n).
+
+    On CUDA torch's eigenvalues wait for the device; a recorder asks for figures in the very step that it reads.
+    """
     matrix = root[..., :, None] * gram * root[..., None, :]
     if matrix.shape[-1] == 1:
         values = matrix[..., 0]
