@@ -55,15 +55,16 @@ class Gamma:
 
     def gram(self, blocks: Blocks, metric: Any = None) -> Tensor:
         """Gamma^T M^-1 Gamma in blocks, for a :class:`~ddpn_fx.passes.metric.Metric` or the identity: (G, n, n)."""
-        ghost = enabled("ghost-grams")
+        if metric is None and not enabled("ghost-grams"):
+            return gram_matrix(blocks.matrix(self.columns()))
         if metric is not None:
-            factors = None if metric.sides is None or not ghost else self.factors(blocks)
+            factors = None if metric.sides is None else self.factors(blocks)
             if factors is not None:
                 x, h = (t.to(accumulate_dtype(t.dtype)) for t in factors)
                 rows, columns = metric.sides
                 return product_gram(columns(x), rows(h), blocks)
             return gram_matrix(blocks.matrix(metric.whiten(self.columns())))
-        if ghost and len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
+        if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
 
@@ -76,6 +77,8 @@ class Gamma:
     def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """x and h of one use that is a product of both, where they are the cheaper way to K."""
         (entry, *others) = self.entries
+        if not enabled("ghost-grams"):
+            return None
         return None if others or entry.argument.op != "placeholder" else entry.rule.factors(entry.argument, blocks)
 
     def product_moments(self, coefficient: Tensor, diagonal: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
