@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddpn_fx import control, preconditioners
     from ddpn_fx.explanation import explain
+    from ddpn_fx.feedback_matrices import policies
     from ddpn_fx.inspect import export
     from ddpn_fx.memory import keep_freed_memory
     from ddpn_fx.module import compile
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "export",
     "keep_freed_memory",
+    "policies",
     "preconditioners",
 ]
 
@@ -36,6 +38,7 @@ _HOMES = {
     "explain": "ddpn_fx.explanation",
     "export": "ddpn_fx.inspect",
     "keep_freed_memory": "ddpn_fx.memory",
+    "policies": "ddpn_fx.feedback_matrices",
     "Recorder": "ddpn_fx.recorder",
     "CaptureError": "ddpn_fx.passes.errors",
     "LossError": "ddpn_fx.passes.errors",

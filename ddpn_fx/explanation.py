@@ -13,6 +13,7 @@ from typing import Any
 from ddpn_fx.inspect import net_of
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.optimizer import DDPNOpt
+from ddpn_fx.passes.catalogue import CATALOGUE
 from ddpn_fx.passes.ir import HOW, Chain, ParamUse
 from ddpn_fx.passes.log import PassRecord
 from ddpn_fx.passes.lower import Lowered
@@ -80,6 +81,7 @@ class Explanation:
         unused: trainable parameters that no stage uses.
         outside: trainable parameters of the model in no group of the optimizer.
         mixing: what mixes the samples of the batch, or empty.
+        off: names of the passes that are switched off.
         failed: the pass and the error of a compilation that failed, or empty.
     """
 
@@ -96,16 +98,19 @@ class Explanation:
     outside: tuple[str, ...] = ()
     mixing: str = ""
     failed: str = ""
+    off: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The report."""
         lines = [f"{self.model}: {self.captured or 'not captured'}"]
+        if self.off:
+            lines += ["", "Switched off", *(f"  {e.name:<15} {e.does}" for e in CATALOGUE if e.name in self.off)]
         if self.failed:
             lines += ["", f"The latest compilation failed in {self.failed}"]
         if self.passes:
             lines += ["", "Passes", *map(_pass_line, self.passes)]
         if self.stages:
-            lines += ["", "Stages", *(line for row in self.stages for line in _stage_lines(row))]
+            lines += ["", "Stages", *self.stage_lines()]
         lines += [
             "",
             "Compiled steps",
@@ -115,10 +120,15 @@ class Explanation:
             shapes = ", ".join(map(str, program.shapes))
             lines.append(f"  {number}. batch {program.batch}, shapes {shapes}: {program.trigger}")
             lines += [f"  {_pass_line(each)}" for each in program.passes]
-        lines += ["", "What the fast path does not cover", *self._limits()]
+        lines += ["", "What the fast path does not cover", *(self.limits() or ["  nothing"])]
         return "\n".join(lines)
 
-    def _limits(self) -> list[str]:
+    def stage_lines(self) -> list[str]:
+        """The stages as lines of the report: controls, states, rules, and why the cut is there."""
+        return [line for row in self.stages for line in _stage_lines(row)]
+
+    def limits(self) -> list[str]:
+        """What the fast path does not cover, as lines of the report; none where it covers everything."""
         found = [f"  generic rule (per-sample VJP of the operator): {op}" for op in self.generic]
         found += [f"  per-sample gradients, {when}: {op}" for op, when in self.per_sample.items()]
         for name, (owner, *later) in self.tied.items():
@@ -130,7 +140,7 @@ class Explanation:
         ):
             found += [f"  {title}: {', '.join(names)}"] if names else []
         found += [f"  mixes the samples of the batch: {self.mixing}"] if self.mixing else []
-        return found or ["  nothing"]
+        return found
 
 
 def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
@@ -151,7 +161,7 @@ def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
     failed = f"{failure.failed}: {failure.error}" if failure else ""
     frozen = tuple(n for n, p in net.named_parameters() if not p.requires_grad)
     if not net._chains:
-        return Explanation(name, frozen=frozen, failed=failed)
+        return Explanation(name, frozen=frozen, failed=failed, off=net._options["off"])
     chain = net.chain
     grouped = None
     if isinstance(net_or_opt, DDPNOpt):
@@ -176,6 +186,7 @@ def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
         outside=tuple(n for n, p in trainable.items() if grouped is not None and id(p) not in grouped),
         mixing="" if chain.mixing is None else describe(chain.mixing),
         failed=failed,
+        off=net._options["off"],
     )
 
 

@@ -73,6 +73,7 @@ def export(
         models=_model_files(net, [name for name in wanted if name in FILES], skipped),
         skipped=skipped,
         title=type(net._original).__name__,
+        off=net._options["off"],
     )
 
 
@@ -108,6 +109,7 @@ def _export_reached(
         skipped={"step": why},
         title=f"{type(net._original).__name__}, as far as it came",
         notes={"error.txt": text},
+        off=net._options["off"],
     )
 
 

@@ -72,6 +72,11 @@ class Kept:
         for name in program.trained:
             preconditioner.refresh(found[name], state[params[name]], self.taken)
 
+    def forget(self, program: Program) -> None:
+        """Let go of a program that was used once."""
+        for key in [key for key in self._slots if key[0] is program]:
+            del self._slots[key]
+
     def load(self, count: Any, params: Mapping[str, Tensor]) -> None:
         """Take a saved count of steps, or None; tensors that were there before are not known any more."""
         self._slots.clear()

@@ -21,8 +21,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ddpn_fx import journal
 from ddpn_fx.batch import autocast, check_batch, finite, same_structure, split_inputs, structure
 from ddpn_fx.passes.capture import borrowed
+from ddpn_fx.passes.catalogue import switched_off
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.ir import Chain
@@ -46,6 +48,7 @@ def compile(
     mode: str | None = None,
     dynamic: bool | None = None,
     disable: bool = False,
+    passes: Mapping[str, bool] | None = None,
     **compile_kwargs: Any,
 ) -> CompiledModule:
     """Wrap a module so that :class:`~ddpn_fx.DDPNOpt` can train it as an optimal-control problem.
@@ -62,6 +65,8 @@ def compile(
             compiled once per batch shape.
         disable: compile and trace nothing: steps run as ordinary eager code, for debugging. The
             generated graphs of a step do not exist then.
+        passes: optional passes to switch off by name, such as ``{"fuse": False}``: the step's result stays, its graph
+            or speed does not. ``ddpn_fx passes`` on the command line lists them.
         **compile_kwargs: further arguments of ``torch.compile``, such as ``options``. ``fullgraph`` is for the
             module's own forward pass; a training step always is one graph.
 
@@ -69,9 +74,11 @@ def compile(
         An ``nn.Module`` with the same outputs, parameters and ``state_dict`` keys.
 
     Raises:
-        TypeError: ``model`` is not a module, ``loss`` not callable, or an argument unknown to ``torch.compile``.
+        TypeError: ``model`` is not a module, ``loss`` not callable, ``passes`` no mapping of names to bools, or an
+            argument unknown to ``torch.compile``.
         ValueError: a backend, mode or option that ``torch.compile`` does not know, a loss with trainable
-            parameters of its own, or an exported program with its batch size written into it.
+            parameters of its own, an exported program with its batch size written into it, or ``passes`` with an
+            unknown name or a pass that nothing works without.
 
     Equivalent to ``torch.compile(model)`` where no ``DDPNOpt`` is made.
     """
@@ -90,6 +97,7 @@ def compile(
                 f"ddpn_fx.compile: loss={type(loss).__name__} has trainable parameters of its own ({', '.join(own)}), "
                 "which would never be trained; move them into the model, or freeze them with loss.requires_grad_(False)"
             )
+    off = switched_off("ddpn_fx.compile", passes)
     if not disable:
         _check_torch_options(backend, mode, compile_kwargs)
     options = {
@@ -97,6 +105,7 @@ def compile(
         "backend": None if disable else backend,
         "mode": mode,
         "dynamic": dynamic,
+        "off": off,
         "compile_kwargs": compile_kwargs,
     }
     net = CompiledModule(model, options)
@@ -193,9 +202,12 @@ class CompiledModule(nn.Module):
         args, kwargs, targets = pytree.tree_map_only(Tensor, finite, batch)
         with self._undisturbed(), torch.inference_mode(False), torch.enable_grad():
             self._try(args, kwargs, targets)
-            chain = build_chain(self._original, loss, args, kwargs, targets, module_loss=loss is None)
+            chain = build_chain(
+                self._original, loss, args, kwargs, targets, module_loss=loss is None, off=self._options["off"]
+            )
         # What the forward pass itself changes is known now, and which inputs are the batch.
         self._chains[self._signature(), complete, structure(batch, chain.captured.batched)] = chain
+        journal.captured(self)
         return chain
 
     def _try(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: tuple[Any, ...]) -> None:

@@ -12,20 +12,21 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddpn_fx import preconditioners
+from ddpn_fx import journal, preconditioners
 from ddpn_fx import terminal as terminals
 from ddpn_fx.batch import split_batch
 from ddpn_fx.kept import Kept
+from ddpn_fx.last import Last, stage_figures
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.options import GROUP_KEYS, check_arguments, check_group, check_loop, initial_groups, number
-from ddpn_fx.passes.errors import LossError, StagingError
+from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
 from ddpn_fx.passes.metric import Preconditioner
 from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
-from ddpn_fx.passes.provenance import describe
+from ddpn_fx.structure import mode_of, refuse_mixing, structure_of
 
 
 class DDPNOpt(Optimizer):
@@ -112,6 +113,9 @@ class DDPNOpt(Optimizer):
         self.gain, self.trust, self.tikhonov = gain, trust, tikhonov
         check_loop(self.gain, self.trust, self.tikhonov, self.beta1)
         self.stats: dict[str, Tensor] = {}
+        self.stage_stats: dict[str, Tensor] = {}
+        self._figures_wanted = False
+        self._last: Last | None = None
         self._programs: dict[Any, Lowered] = {}
         self._vector: tuple[Any, Tensor] | None = None
         self._kept = Kept()
@@ -223,7 +227,10 @@ class DDPNOpt(Optimizer):
             if net._options["mode"] is not None:
                 values = values.clone()  # a CUDA graph's next replay writes over its outputs
             self._kept.refresh(lowered.program, self.state, params)
-        self.stats = dict(zip(STATISTICS, values.unbind(), strict=True))
+        self.stats = dict(zip(STATISTICS, values[: len(STATISTICS)].unbind(), strict=True))
+        self._last = Last(lowered.program, inputs, target)
+        self.stage_stats = stage_figures(values) if self._figures_wanted else {}
+        self._figures_wanted = False
         self._opt_called = True  # torch's schedulers look for a step before theirs
         if getattr(self._factor, "floor", None) is not None or lowered.program.chain.loss_node is None:
             self._raise_fault()
@@ -275,28 +282,24 @@ class DDPNOpt(Optimizer):
             (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t).__name__, repr(t)) for t in leaves
         )
         key = (str(spec), shapes, net._signature(params, buffers))
-        present = (key, self._structure(), tuple(map(id, params.values())))
+        present = (key, structure_of(self), tuple(map(id, params.values())))
         if present in self._programs:
             return self._programs[present]
-        mode = self._mode(params)
+        mode = mode_of(self, params)
         args, kwargs, targets = pytree.tree_unflatten(leaves, spec)
         chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
         shared = (*key[:2], net._signature(params, buffers), mode)
         if shared not in net._lowered:
             with _full_precision(params):
                 net._lowered[shared] = self._lower(chain, mode, leaves, batch, params)
+            journal.compiled(self)
         self._programs[present] = net._lowered[shared]
         return self._programs[present]
 
     def _lower(
         self, chain: Chain, mode: Mode, leaves: list[Any], batch: int, params: Mapping[str, nn.Parameter]
     ) -> Lowered:
-        if chain.mixing is not None and self.feedback:
-            raise StagingError(
-                f"DDPNOpt.train_step: {describe(chain.mixing)} mixes the samples of the batch, so a sample has no "
-                "state of its own; use feedback=False (plain gradient steps), or a norm over each sample "
-                "(GroupNorm, LayerNorm) in its place"
-            )
+        refuse_mixing("DDPNOpt.train_step", chain, self.feedback)
         program = Program(chain, mode, batch, leaves)
         options = self.net._options
         kwargs_of_compile = {k: v for k, v in options["compile_kwargs"].items() if k != "fullgraph"}
@@ -312,55 +315,6 @@ class DDPNOpt(Optimizer):
             self._kept.of(program, self.state, params),
             backend=options["backend"],
             compile_kwargs=kwargs_of_compile,
-        )
-
-    def _structure(self) -> Any:
-        """The parts of the mode that can change between steps."""
-        folds = self._fold_allowed and self.trust is None and float(self.gain) == 1.0
-        groups = tuple(
-            (bool(float(g["weight_decay"])), bool(float(g["momentum"])), tuple(id(p) for p in g["params"]))
-            for g in self.param_groups
-        )
-        return folds, self.trust is None, bool(float(self.tikhonov)), bool(float(self.beta1)), groups
-
-    def _mode(self, params: Mapping[str, nn.Parameter]) -> Mode:
-        folds, no_trust, regularized, average, _ = self._structure()
-        names = {id(p): n for n, p in reversed(list(params.items()))}
-        for i, members in enumerate(g["params"] for g in self.param_groups):
-            for p in members:
-                if id(p) not in names:
-                    raise ValueError(
-                        f"DDPNOpt.train_step: a parameter of shape {tuple(p.shape)} in group {i} is no longer a "
-                        "parameter of the model (a layer was replaced, or loaded with assign=True); "
-                        "make the optimizer anew"
-                    )
-        group = tuple(
-            (names[id(p)], i) for i, g in enumerate(self.param_groups) for p in g["params"] if p.requires_grad
-        )
-        if not group:
-            raise ValueError(
-                "DDPNOpt.train_step: no parameter of the optimizer's groups has requires_grad=True any more, "
-                "so there is nothing to train"
-            )
-        return Mode(
-            terminal=self._factor,
-            coupling=self.coupling,
-            quu=self.quu,
-            rollout=self.rollout,
-            feedback=self.feedback,
-            fold=folds
-            and self.quu == "gauss-newton"
-            and self.rollout == "linear"
-            and not regularized
-            and (self.preconditioner is None or self.preconditioner.moments == "gradient"),
-            trust=not no_trust,
-            group=group,
-            decay=tuple(bool(float(g["weight_decay"])) for g in self.param_groups),
-            decoupled=self.decoupled,
-            momentum=tuple(bool(float(g["momentum"])) for g in self.param_groups),
-            average=average,
-            preconditioner=self.preconditioner,
-            tikhonov=regularized,
         )
 
     def _new_vector(self, like: Tensor) -> Tensor:
@@ -430,6 +384,9 @@ class DDPNOpt(Optimizer):
         self.__dict__.setdefault("_programs", {})
         self.__dict__.setdefault("_vector", None)
         self.__dict__.setdefault("stats", {})
+        self.__dict__.setdefault("stage_stats", {})
+        self.__dict__.setdefault("_figures_wanted", False)
+        self.__dict__.setdefault("_last", None)
 
 
 def _normal(t: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ LOSS = "loss"
 
 # Roles of nodes that a pass makes for the recursion or the optimiser, not for an operator of the user's model. One
 # with one of these roles still is the model's where it is labelled with a parameter.
-OWN = ("", "solve", "update", "rollout")
+OWN = ("", "solve", "update", "rollout", "figures")
 
 
 def complete(graphs: Mapping[str, fx.GraphModule], chain: Chain, loss: Any) -> None:

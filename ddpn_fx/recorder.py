@@ -7,9 +7,9 @@ Without a recorder nothing is kept, and a step costs what it costs.
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,12 +21,30 @@ from torch import Tensor
 from ddpn_fx.batch import split_inputs
 from ddpn_fx.optimizer import DDPNOpt
 from ddpn_fx.passes.capture import borrowed
+from ddpn_fx.passes.figures import FIGURES
 from ddpn_fx.passes.mode import STATISTICS
 from ddpn_fx.passes.objective import Objective
+from ddpn_fx.records import COLUMNS, Record, Records, last_step, read, stages_rows, writer
 
-COLUMNS = ("step", *STATISTICS, "actual_decrease", "lr")
-"""Columns of the CSV file: the step's number from 1 on, ``opt.stats``, the loss's actual decrease on the same batch
-(empty where it was not evaluated), and the step size of the first parameter group."""
+__all__ = ["COLUMNS", "Recorder"]
+
+
+@dataclass
+class _Step:
+    """A step whose figures are still on their device: (T, len(FIGURES)), or None."""
+
+    number: int
+    stats: Sequence[Tensor]
+    actual: Tensor | None
+    lr: Any
+    figures: Tensor | None = None
+    controls: Sequence[str] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """What is to be read, in the order of the columns: the statistics, the actual decrease, the figures."""
+        like = self.stats[0]
+        actual = torch.full_like(like, torch.nan) if self.actual is None else self.actual.to(like)
+        return [torch.stack([*self.stats, actual]), *([] if self.figures is None else [self.figures])]
 
 
 class Recorder:
@@ -41,9 +59,15 @@ class Recorder:
         actual: evaluate the loss once more, after the update, on the batch of every ``every``-th step, for
             ``actual_decrease`` beside ``predicted_decrease``. That is one forward pass, in the model's mode; random
             operators draw anew, and buffers and the random state are as before.
+        stages: on every ``every``-th step also the figures of every stage (:data:`ddpn_fx.passes.figures.FIGURES`):
+            norms of k and of the feedback part of du, y's distribution, trace, largest eigenvalue and effective
+            dimension of the Gram. They go beside ``path``, into ``NAME.stages.csv``, a line a stage. Such a step is a
+            program of its own, compiled once; the steps between are those of a training without a recorder.
 
     Attributes:
         history: the records so far as mappings by column, where neither ``path`` nor ``tensorboard`` is given.
+        stages: likewise the figures so far, a mapping a step and stage: step, stage, controls (the names of its
+            parameters), and the figures.
 
     Raises:
         TypeError: ``opt`` is no ``DDPNOpt``.
@@ -66,21 +90,25 @@ class Recorder:
         every: int = 50,
         tensorboard: Any = None,
         actual: bool = False,
+        stages: bool = False,
     ) -> None:
         if not isinstance(opt, DDPNOpt):
             raise TypeError(f"ddpn_fx.Recorder: opt is a {type(opt).__name__}, it must be a ddpn_fx.DDPNOpt")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"ddpn_fx.Recorder: every={every!r}, it must be a positive number of steps")
         self.every, self.actual = every, actual
-        self.history: list[dict[str, float]] = []
-        self._steps = 0
-        self._pending: list[tuple[int, Sequence[Tensor], Tensor | None, Any]] = []
+        self.history: list[Record] = []
+        self.stages: list[Record] = []
+        self._steps, self._figures = 0, stages
+        self._pending: list[_Step] = []
         self._path = None if path is None else Path(path)
         if self._path is not None:
-            self._steps = _last_step(self._path)
-        self._board = _writer(tensorboard)
+            self._steps = last_step(self._path, stages=stages)
+        self._board = writer(tensorboard)
         self._own_board = self._board is not tensorboard
-        self._hook = opt.register_step_post_hook(self._after)
+        self._hooks = [opt.register_step_post_hook(self._after)]
+        if stages:
+            self._hooks.append(opt.register_step_pre_hook(self._before))
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -94,7 +122,8 @@ class Recorder:
 
     def close(self) -> None:
         """Write what is left and record no more; a second call does nothing."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self.flush()
         if self._own_board and self._board is not None:
             self._board.close()
@@ -105,25 +134,57 @@ class Recorder:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        missing = torch.full((), float("nan"))
-        rows = [
-            torch.stack([*stats, missing.to(stats[0]) if actual is None else actual.to(stats[0])])
-            for _, stats, actual, _ in pending
-        ]
-        values = torch.stack(rows).double().tolist()  # the one transfer
-        records = [
-            dict(zip(COLUMNS, (float(step), *row, float(lr)), strict=True))
-            for (step, _, _, lr), row in zip(pending, values, strict=True)
-        ]
+        parts = [part for step in pending for part in step.tensors()]
+        values = torch.cat([part.flatten().to(parts[0].device) for part in parts]).double().tolist()  # the one transfer
+        records, stages = [], []
+        start = 0
+        for step in pending:
+            row = [*values[start : start + len(STATISTICS)], values[start + len(STATISTICS)], float(step.lr)]
+            records.append(dict(zip(COLUMNS, (float(step.number), *row), strict=True)))
+            start += len(STATISTICS) + 1
+            if step.figures is not None:
+                size = step.figures.numel()
+                stages += stages_rows(step.number, step.controls, values[start : start + size])
+                start += size
+        found = Records(records, stages)
         if self._path is not None:
-            _append(self._path, records)
+            found.append_to(self._path)
         if self._board is not None:
-            for record in records:
-                for name in COLUMNS[1:]:
-                    if record[name] == record[name]:  # no NaN: an actual decrease that was not evaluated
-                        self._board.add_scalar(f"ddpn_fx/{name}", record[name], int(record["step"]))
+            found.show_on(self._board)
         if self._path is None and self._board is None:
             self.history += records
+            self.stages += stages
+
+    def picture(self, path: str | os.PathLike[str]) -> None:
+        """Draw what was recorded so far, over training.
+
+        Args:
+            path: what to write: ``.png``, ``.svg`` or ``.pdf``.
+
+        Loss, predicted and actual decrease, clamps and skipped batches; with ``stages=True`` also a line a stage for
+        norms, y and the effective dimension. On the command line: ``ddpn_fx picture training.csv training.png``.
+
+        Raises:
+            ValueError: nothing was recorded yet, or it went to TensorBoard alone; or an ending that matplotlib does
+                not know.
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from ddpn_fx.picture import draw
+
+        self.flush()
+        if self._path is None and self._board is not None:
+            raise ValueError(
+                "ddpn_fx.Recorder.picture: the records went to TensorBoard alone; give the recorder a path= as well"
+            )
+        if self._path is not None and self._path.exists():
+            draw(read(self._path), path, "ddpn_fx.Recorder.picture")
+        else:
+            draw(Records(self.history, self.stages), path, "ddpn_fx.Recorder.picture")
+
+    def _before(self, opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Ask for the figures of a step that is due."""
+        if (self._steps + 1) % self.every == 0:
+            opt._figures_wanted = True
 
     def _after(self, opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a step's statistics; ``args`` and ``kwargs`` are those of ``train_step``."""
@@ -132,7 +193,11 @@ class Recorder:
         actual = self._decrease(opt, *args[1:], **kwargs) if self.actual and due else None
         lr = opt.param_groups[0]["lr"]
         lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
-        self._pending.append((self._steps, [opt.stats[name] for name in STATISTICS], actual, lr))
+        step = _Step(self._steps, [opt.stats[name] for name in STATISTICS], actual, lr)
+        if due and opt.stage_stats and self._figures:
+            step.figures = torch.stack([opt.stage_stats[name] for name in FIGURES], 1)
+            step.controls = tuple(" ".join(names) for names in opt._last.program.controls)
+        self._pending.append(step)
         if due:
             self.flush()
 
@@ -147,43 +212,3 @@ class Recorder:
         with torch.no_grad(), borrowed(objective):
             after = pytree.tree_leaves(objective(args, dict(kwargs), targets))[0]
         return opt.stats["loss"] - after
-
-
-def _last_step(path: Path) -> int:
-    """The number of the last step in a recorder's file, 0 where there is none yet."""
-    if not path.exists() or path.stat().st_size == 0:
-        return 0
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = csv.reader(file)
-        if tuple(next(rows, ())) != COLUMNS:
-            raise FileExistsError(f"ddpn_fx.Recorder: {str(path)!r} is no record of ddpn_fx; give another path")
-        last = ["0"]
-        for row in rows:
-            last = row or last
-    return int(last[0]) if last[0].isdecimal() else 0
-
-
-def _append(path: Path, records: Sequence[Mapping[str, float]]) -> None:
-    fresh = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(COLUMNS)
-        for record in records:
-            step, *values = (record[name] for name in COLUMNS)
-            writer.writerow([int(step), *("" if v != v and n == "actual_decrease" else repr(v)
-                                          for n, v in zip(COLUMNS[1:], values, strict=True))])  # fmt: skip
-
-
-def _writer(tensorboard: Any) -> Any:
-    """What takes scalars: the user's own writer, or TensorBoard's for a folder."""
-    if tensorboard is None or hasattr(tensorboard, "add_scalar"):
-        return tensorboard
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "ddpn_fx.Recorder: tensorboard is not installed: pip install tensorboard, "
-            "or record into a CSV file with path="
-        ) from error
-    return SummaryWriter(os.fspath(tensorboard))

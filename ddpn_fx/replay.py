@@ -13,12 +13,9 @@ from torch import fx
 
 from ddpn_fx.exporting.snapshots import Snapshot, take
 from ddpn_fx.module import CompiledModule
-from ddpn_fx.passes.log import watched
+from ddpn_fx.passes.log import MADE_BY, watched
 from ddpn_fx.passes.lower import lower
 from ddpn_fx.passes.pipeline import build_chain
-
-# What a graph is called that no pass was given: the result of the pass before.
-_MADE_BY = {"normalize": "capture", "fuse": "trace"}
 
 
 def replay(net: CompiledModule, skipped: dict[str, str]) -> list[Snapshot]:
@@ -36,16 +33,17 @@ def replay(net: CompiledModule, skipped: dict[str, str]) -> list[Snapshot]:
     captured = chain.captured
 
     def listen(group: str, name: str, when: str, graph: fx.Graph) -> None:
-        if name == "stage" or (when == "before" and name not in _MADE_BY):
+        if name == "stage" or (when == "before" and name not in MADE_BY):
             return
-        found.append(take(_MADE_BY[name] if when == "before" else name, group, graph))
+        found.append(take(MADE_BY[name] if when == "before" else name, group, graph))
 
     try:
         args, kwargs, target = pytree.tree_unflatten(captured.example, captured.spec)
         loss = net._options["loss"]
         ear = watched(lambda *event: listen("model", *event))
         with net._undisturbed(), torch.inference_mode(False), torch.enable_grad(), ear:
-            again = build_chain(net._original, loss, args, kwargs, target, module_loss=loss is None)
+            off = net._options["off"]
+            again = build_chain(net._original, loss, args, kwargs, target, module_loss=loss is None, off=off)
         stages = {node: stage.index for stage in again.stages for node in stage.nodes}
         found.append(take("stage", "model", again.graph, stages))
         if net._lowered:

@@ -97,6 +97,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to keep the pages (default: nowhere)")
     parser.add_argument("--screenshots", type=Path, metavar="DIR", help="where to put two pictures of each page")
     options = parser.parse_args()
+    if options.screenshots:
+        options.screenshots.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         print("| model | stages | nodes of step | page, MB | written in, s | loaded in, s |\n|---|---|---|---|---|---|")
         for name in options.models:

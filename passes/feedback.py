@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpn_fx.passes import bellman
 from ddpn_fx.passes.backward import Linearization, exact
+from ddpn_fx.passes.figures import Figures
 from ddpn_fx.passes.gamma import Gammas
 from ddpn_fx.passes.ir import Chain, Kind, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, forward
@@ -34,6 +35,7 @@ class Rollout:
         linear: its linearisation and policies.
         hyper: the numbers of the step.
         state: momentum buffers by parameter name, and ``"step"`` with beta1.
+        figures: what takes in each stage's figures, where they are wanted.
 
     Attributes:
         changes: du by parameter name, filled by :meth:`run`.
@@ -49,10 +51,11 @@ class Rollout:
         linear: Linearization,
         hyper: Hyper,
         state: Mapping[str, Tensor],
+        figures: Figures | None = None,
     ) -> None:
         self.chain, self.mode, self.controls = chain, mode, controls
         self.trajectory, self.linear, self.hyper, self.state = trajectory, linear, hyper, state
-        self.group = dict(mode.group)
+        self.group, self.figures = dict(mode.group), figures
         self.changes: dict[str, Tensor] = {}
         self.new_state: dict[str, Tensor] = {"step": state["step"] + 1} if mode.counts else {}
         self.new_state |= linear.metric_state
@@ -99,6 +102,7 @@ class Rollout:
             if nonlinear and stage.index:
                 with origin({"role": "rollout", "stage": stage.index}):
                     y = self._displacement(stage, env)
+            seen = y
             with origin({"role": "solve", "stage": stage.index}):
                 omega = linear.policies[stage.index].omega(y, self.hyper.gain, trust)
                 clipped = clipped if trust is None else clipped + (y.abs() > trust).sum()
@@ -107,6 +111,8 @@ class Rollout:
                 decay = linear.decay[stage.index]
                 y = y if decay is None else y - decay
             self._update(stage, omega)
+            if self.figures is not None:
+                self.figures.add(stage.index, seen, omega, linear.policies[stage.index].open)
             if nonlinear and stage.index + 1 < len(stages):
                 old = self.trajectory.parameters.params
                 moved = Parameters(

@@ -14,11 +14,13 @@ the rules' ``gram``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
+from ddpn_fx.passes.catalogue import expanded
 from ddpn_fx.passes.functional import mutates
 
 aten = torch.ops.aten
@@ -37,11 +39,15 @@ _INVERSES = ((aten.select.int, aten.unsqueeze.default), (aten.t.default, aten.t.
 _IMPURE = (torch.Tag.nondeterministic_seeded,)
 
 
-def fuse(module: fx.GraphModule) -> fx.GraphModule:
-    """Drop idle views, common subexpressions and dead code, in place."""
-    drop_idle_views(module.graph)
-    share(module.graph)
-    module.graph.eliminate_dead_code()
+def fuse(module: fx.GraphModule, off: Iterable[str] = ()) -> fx.GraphModule:
+    """Drop idle views, common subexpressions and dead code, in place, without the rewrites named in ``off``."""
+    without = expanded(off)
+    if "idle-views" not in without:
+        drop_idle_views(module.graph)
+    if "share" not in without:
+        share(module.graph)
+    if "dead-code" not in without:
+        module.graph.eliminate_dead_code()
     module.recompile()
     return module
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ddpn_fx.passes.catalogue import enabled
 from ddpn_fx.passes.ir import Chain, ParamUse, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, rules
 from ddpn_fx.passes.numeric import accumulate_dtype
@@ -54,6 +55,8 @@ class Gamma:
 
     def gram(self, blocks: Blocks, metric: Any = None) -> Tensor:
         """Gamma^T M^-1 Gamma in blocks, for a :class:`~ddpn_fx.passes.metric.Metric` or the identity: (G, n, n)."""
+        if metric is None and not enabled("ghost-grams"):
+            return gram_matrix(blocks.matrix(self.columns()))
         if metric is not None:
             factors = None if metric.sides is None else self.factors(blocks)
             if factors is not None:
@@ -74,6 +77,8 @@ class Gamma:
     def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """x and h of one use that is a product of both, where they are the cheaper way to K."""
         (entry, *others) = self.entries
+        if not enabled("ghost-grams"):
+            return None
         return None if others or entry.argument.op != "placeholder" else entry.rule.factors(entry.argument, blocks)
 
     def product_moments(self, coefficient: Tensor, diagonal: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
@@ -102,7 +107,10 @@ class Gamma:
         return self.parameters.pull(entry.argument, part, columns=True)[self.name]
 
     def _entry_contract(self, entry: Entry, omega: Tensor) -> Tensor:
-        part = entry.rule.contract(entry.argument, omega)
+        if enabled("kept-gradients"):
+            part = entry.rule.contract(entry.argument, omega)
+        else:
+            part = Rule.contract(entry.rule, entry.argument, omega)
         if entry.argument.op == "placeholder":
             return part
         return self.parameters.pull(entry.argument, part.to(self.parameters[entry.argument].dtype))[self.name]

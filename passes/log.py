@@ -1,7 +1,8 @@
 """Per-pass timing and operator counts, through ``logging`` (``TORCH_LOGS="+ddpn_fx"`` style names).
 
 Every pass runs under :func:`timed`, which logs its wall time and what it did to the graph's
-operators, and keeps a record so that ``net.chain`` and ``explain`` can show the same.
+operators, keeps a record so that ``net.chain`` and ``explain`` can show the same, and hands the
+graph it leaves to torch's structured trace (:mod:`ddpn_fx.passes.artifacts`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from ddpn_fx.passes.artifacts import artifact, graph_text
+
 log = logging.getLogger("ddpn_fx.passes")
 
 # Told of every graph that a pass is given and leaves: (pass, "before" or "after", graph).
+# What a graph is called that no pass was given: the result of the pass before.
+MADE_BY = {"normalize": "capture", "fuse": "trace"}
 Watcher = Callable[[str, str, fx.Graph], None]
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
@@ -74,16 +79,24 @@ class PassRecord:
         return difference(self.before, self.after)
 
 
+def _hand_over(name: str, graph: fx.Graph) -> None:
+    artifact(name, lambda: graph_text(graph))
+
+
 @contextmanager
 def timed(name: str, records: list[PassRecord], graph: fx.Graph | None = None) -> Iterator[PassRecord]:
     """Time a pass; the body sets ``record.after = op_counts(...)``. Logs one INFO line at its end."""
     record = PassRecord(name, before=op_counts(graph))
+    if graph is not None and name in MADE_BY:
+        _hand_over(MADE_BY[name], graph)
     _tell(name, "before", graph)
     start = time.perf_counter()
     yield record
     record.seconds = time.perf_counter() - start
     records.append(record)
     _tell(name, "after", graph)
+    if graph is not None:
+        _hand_over(name, graph)
     total = sum(record.after.values())
     counts = "".join(f", {v} {k}" for k, v in record.counts.items())
     log.info("%s: %.3f s, %d ops (%s)%s", name, record.seconds, total, record.difference(), counts)

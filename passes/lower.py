@@ -19,14 +19,15 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ddpn_fx.passes.catalogue import log_off
 from ddpn_fx.passes.derive import NotSharedError, Sharing, shared
 from ddpn_fx.passes.functional import make_functional
 from ddpn_fx.passes.fuse import fuse
 from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.ir import HELD
 from ddpn_fx.passes.log import PassRecord, log, op_counts, timed
-from ddpn_fx.passes.mode import STATISTICS, Hyper
-from ddpn_fx.passes.program import Program
+from ddpn_fx.passes.mode import Hyper
+from ddpn_fx.passes.program import Program, pack
 from ddpn_fx.passes.provenance import KEYS, origin
 
 aten = torch.ops.aten
@@ -143,6 +144,7 @@ def lower(
     shapes = [(t.shape, t.dtype, t.device) for t in [*tensors, *(state[n] for n in names.state)]]
     if backend is None:
         return Lowered(program, names, None, _untraced(program, names), vector.clone(), shapes)
+    log_off(program.mode.off)
     flat = names.flatten(params, buffers, leaves, vector, state)
     records: list[PassRecord] = []
     written: list[tuple[int, int]] = []
@@ -170,7 +172,7 @@ def lower(
         record.counts = dict(module.meta.get("sharing", {}))
     with timed("fuse", records, module.graph) as record:
         _write_in_place(module, written)
-        fuse(module)
+        fuse(module, program.mode.off)
         _name_placeholders(module, names)
         record.after = op_counts(module.graph)
     run: Callable[..., Any] = module
@@ -327,7 +329,7 @@ def parts(
                 policy.open = next(given)
                 policy.factor = next(given) if policy.factor is not None else None
         changes, _, statistics = program.feedback(trajectory, linear, hyper, s)
-        return [*changes.values(), torch.stack([statistics[k].to(v.dtype) for k in STATISTICS])]
+        return [*changes.values(), pack(statistics, v.dtype)]
 
     with program.kernels(), torch.no_grad(), random_state(base):
         states = simulate(*base)[1 : 1 + len(kept)]
@@ -339,6 +341,6 @@ def parts(
         ("feedback", feedback, [*base, *states, *policies]),
     ):
         with program.kernels():
-            module = fuse(trace(function, inputs))
+            module = fuse(trace(function, inputs), program.mode.off)
         found[name] = (module, list(inputs))
     return found

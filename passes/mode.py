@@ -83,6 +83,8 @@ class Mode:
         average: whether directions are averaged with beta1.
         preconditioner: what makes M; None for the identity.
         tikhonov: whether eps_V is added.
+        stages: whether the figures of every stage are computed as well (:mod:`ddpn_fx.passes.figures`).
+        off: names of the optional passes that are switched off (:mod:`ddpn_fx.passes.catalogue`).
     """
 
     terminal: TerminalFactor
@@ -99,6 +101,8 @@ class Mode:
     average: bool
     preconditioner: Preconditioner | None = None
     tikhonov: bool = False
+    stages: bool = False
+    off: tuple[str, ...] = ()
 
     @property
     def buffer(self) -> str:

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -36,18 +36,20 @@ _ASSERTS = (
 )
 
 
-def normalize(module: fx.GraphModule, parameter_nodes: set[str]) -> fx.GraphModule:
+def normalize(module: fx.GraphModule, parameter_nodes: set[str], off: Iterable[str] = ()) -> fx.GraphModule:
     """Rewrite the graph in place into the normal form and return it.
 
     Args:
         module: the captured graph.
         parameter_nodes: names of the placeholders that hold trainable parameters.
+        off: names of the optional passes that do not run.
     """
     graph = module.graph
     rewrites = (
         *(average_pool, affine_norm, batch_norm, prelu, fake_quantize, one_hot, masked_assignment, embedding_bag),
         *(dropout, attention),
-        *(linear_products(_parameter_only(graph, parameter_nodes)), _no_op),
+        *(() if "linear-products" in off else (linear_products(_parameter_only(graph, parameter_nodes)),)),
+        _no_op,
     )
     for node in list(graph.nodes):
         if node.op != "call_function":

@@ -5,12 +5,13 @@ Per batch shape and mode the rest follows in :func:`ddpn_fx.passes.lower.lower`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ddpn_fx.passes.capture import capture
+from ddpn_fx.passes.catalogue import log_off
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.log import PassRecord, op_counts, timed
 from ddpn_fx.passes.normalize import normalize
@@ -28,6 +29,7 @@ def build_chain(
     target: tuple[Any, ...],
     *,
     module_loss: bool = False,
+    off: Iterable[str] = (),
 ) -> Chain:
     """Capture, normalise and stage ``loss(model(*args, **kwargs), *target)``.
 
@@ -38,11 +40,13 @@ def build_chain(
         kwargs: keyword arguments of the model.
         target: ``(target,)``, or ``()`` for a chain without a loss.
         module_loss: with ``loss=None``, whether the model returns its own loss.
+        off: names of the optional passes that do not run (:mod:`ddpn_fx.passes.catalogue`).
 
     Raises:
         CaptureError: the model could not be captured as it is.
         StagingError: a parameter use could not be covered.
     """
+    log_off(off)
     records: list[PassRecord] = []
     with timed("capture", records) as record:
         captured = capture(model, loss, args, kwargs, target, module_loss=module_loss)
@@ -51,7 +55,7 @@ def build_chain(
     buffers = dict(model.named_buffers(remove_duplicate=False))
     with timed("normalize", records, captured.module.graph) as record:
         trainable = {k for k, v in captured.params.items() if params[v].requires_grad}
-        normalize(captured.module, trainable)
+        normalize(captured.module, trainable, off)
         record.after = op_counts(captured.module.graph)
     with timed("stage", records, captured.module.graph) as record:
         chain = verify(stage(captured, params, buffers))

@@ -10,8 +10,8 @@ together are what is compiled. Nothing here knows a model or a batch: both come 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +19,22 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpn_fx.passes.backward import Linearization, backward
+from ddpn_fx.passes.catalogue import without
 from ddpn_fx.passes.feedback import Rollout
+from ddpn_fx.passes.figures import Figures
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.metric import Site, sites
 from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory, new_buffers, simulate
+
+
+def pack(statistics: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """A step's statistics as one vector: STATISTICS, then the stages' figures row by row, where there are any."""
+    packed = torch.stack([statistics[k].to(dtype) for k in STATISTICS])
+    if "stages" not in statistics:
+        return packed
+    return torch.cat([packed, statistics["stages"].to(dtype).flatten()])
 
 
 class Program:
@@ -52,11 +62,18 @@ class Program:
             self._sites = sites(self.chain, params)
         return self._sites
 
-    def kernels(self) -> AbstractContextManager[None]:
-        """Attention as plain operators where several columns are pulled back: its fused backward cannot be batched."""
-        if not self.mode.feedback or self.mode.terminal.single_column:
-            return nullcontext()
-        return sdpa_kernel(SDPBackend.MATH)
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """What the step runs under: the passes that are off, and attention as plain operators.
+
+        The latter where several columns are pulled back: attention's fused backward cannot be batched.
+        """
+        with without(self.mode.off):
+            if not self.mode.feedback or self.mode.terminal.single_column:
+                yield
+                return
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
 
     def simulate(
         self,
@@ -75,9 +92,16 @@ class Program:
     def feedback(
         self, trajectory: Trajectory, linear: Linearization, hyper: Hyper, state: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Roll the policies out: ``(du, new optimiser state, statistics)``, each by name."""
-        rollout = Rollout(self.chain, self.mode, self.controls, trajectory, linear, hyper, state)
+        """Roll the policies out: ``(du, new optimiser state, statistics)``, each by name.
+
+        With ``mode.stages`` the statistics have ``"stages"``, (T, len(FIGURES)), as well.
+        """
+        shared = self.chain, self.mode, self.controls
+        figures = Figures(*shared, trajectory.parameters.params, linear, hyper) if self.mode.stages else None
+        rollout = Rollout(*shared, trajectory, linear, hyper, state, figures)
         statistics = rollout.run()
+        if figures is not None:
+            statistics["stages"] = figures.table()
         return rollout.changes, rollout.new_state, statistics
 
     def step(
@@ -103,5 +127,5 @@ class Program:
             kept_state = {n: torch.where(skipped, state[n], t) for n, t in new_state.items()}
             moved = new_buffers(self.chain, trajectory)
             kept_buffers = {n: torch.where(skipped, buffers[n], t) for n, t in moved.items()}
-            packed = torch.stack([statistics[k].to(vector.dtype) for k in STATISTICS])
+            packed = pack(statistics, vector.dtype)
         return new_params, kept_buffers, kept_state, packed

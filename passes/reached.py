@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
-from ddpn_fx.passes.log import watched
+from ddpn_fx.passes.log import log, watched
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def remembering(build: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             name, when, graph = events[-1] if events else ("capture", "before", None)
             failed = name if when == "before" else f"after {name}"
+            log.info("%s failed: %s: %s", failed, type(error).__name__, error)
             _REACHED[model] = Reached(failed, graph, f"{type(error).__name__}: {error}")
             raise
         _REACHED.pop(model, None)

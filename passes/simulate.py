@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ddpn_fx.passes import loss as losses
+from ddpn_fx.passes.catalogue import enabled
 from ddpn_fx.passes.derive import Twin, active
 from ddpn_fx.passes.ir import Chain, Kind
 from ddpn_fx.passes.linearize import Env, Parameters, Tape, context, forward
@@ -61,7 +62,7 @@ def simulate(
     if given is not None:
         env.update({n: v for n, v in given.items() if chain.kinds[n] is not Kind.CHAIN})
     trajectory = Trajectory(env, [], Parameters(chain, params, env))
-    sharing = active()
+    sharing = active() if enabled("derive-once") else None
     for stage in chain.stages:
         if given is not None:
             env.update({n: given[n] for n in stage.state_in})

@@ -118,7 +118,8 @@ class Result:
     """One step. Lists run over t; C, b, Z and y have T + 1 entries, the others T.
 
     K is etaK_t with the entries between different groups of the coupling set to zero. C[t] includes `tikhonov`.
-    w, S, beta are the terminal model: w (B,), S (B, D, r), beta (B, r).
+    w, S, beta are the terminal model: w (B,), S (B, D, r), beta (B, r). policy[t] is (omega at y = 0, d omega / d y
+    before gain); in_du (N,) what omega is weighted by in du; inverse: name -> M^-1; controls: per stage the names.
     """
 
     loss: Tensor
@@ -139,6 +140,10 @@ class Result:
     predicted_decrease: Tensor
     max_y: Tensor
     clamps: int
+    policy: list[tuple[Tensor, Tensor]]
+    in_du: Tensor
+    inverse: Params
+    controls: list[tuple[str, ...]]
 
 
 def _values(setting: float | Mapping[str, float]) -> list[float]:
@@ -671,6 +676,10 @@ def step(
         predicted_decrease=model if settings.feedback else predicted_without_feedback,
         max_y=y[T].abs().max(),
         clamps=clamps,
+        policy=policy if settings.feedback else [(b_T, torch.zeros(N, N).double())] * T,
+        in_du=in_du,
+        inverse=inverse,
+        controls=[stage.controls for stage in stages],
     )
 
 
@@ -713,6 +722,61 @@ def update(
     else:
         d = solve(d)
     return -eta * d - (eta * decay * u if settings.decoupled else 0.0)
+
+
+# --- what is watched of a step --------------------------------------------------------------------------------------
+
+
+def _of_stage(result: Result, params: Params, settings: Settings, t: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The control of stage t as one vector: M/eta (M_t, M_t), its inverse, and u (M_t,)."""
+    inverse = [_of(settings.lr, name) * result.inverse[name] for name in result.controls[t]]
+    solve = torch.block_diag(*inverse) if inverse else torch.zeros(0, 0).double()
+    u = torch.cat([torch.zeros(0).double(), *[params[name].detach().double().flatten() for name in result.controls[t]]])
+    return torch.linalg.inv(solve), solve, u
+
+
+def stage_figures(result: Result, params: Params, settings: Settings, t: int) -> dict[str, float]:
+    """The figures of stage t of a step from the weights `params`, each by forming what it speaks of.
+
+    du = k + feedback, k = -eta M^-1 (Gamma open + wd u), feedback = -eta M^-1 Gamma (omega - open), open = omega at
+    y = 0; their norms in M/eta. The spectrum is that of D K_t D, D = C_T^{1/2}.
+    """
+    cost, solve, u = _of_stage(result, params, settings, t)
+    decay = torch.cat(
+        [torch.zeros(0).double()]
+        + [torch.full((params[n].numel(),), _of(settings.weight_decay, n)).double() for n in result.controls[t]]
+    )
+    start = result.policy[t][0]
+    k = -solve @ (result.Gamma[t].T @ (result.in_du * start) + (0.0 if settings.decoupled else decay * u))
+    reaction_ = -solve @ (result.Gamma[t].T @ (result.in_du * (result.omega[t] - start)))
+    y = result.y[t]
+    root = result.C[-1].diagonal().sqrt().diag()
+    spectrum = torch.linalg.eigvals(root @ result.K[t] @ root).real.clamp(min=0.0)
+    low, median, high = torch.quantile(y, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    return {
+        "k_norm": float((k @ cost @ k).sqrt()),
+        "feedback_norm": float((reaction_ @ cost @ reaction_).sqrt()),
+        "y_mean": float(y.abs().mean()),
+        "y_max": float(y.abs().max()),
+        "y_low": float(low),
+        "y_median": float(median),
+        "y_high": float(high),
+        "gram_trace": float(spectrum.sum()),
+        "gram_max": float(spectrum.max()),
+        "effective_dimension": float((spectrum / (1 + spectrum)).sum()),
+    }
+
+
+def feedback_matrix(result: Result, params: Params, settings: Settings, t: int, i: int) -> Tensor:
+    """(M_t, D_t): how du of stage t answers to a change of sample i's state x_t, -eta M^-1 Gamma C[:, i] Z_t[i]^T.
+
+    C is the policy's, times gain; its rows are weighted as in du.
+    """
+    _, solve, _ = _of_stage(result, params, settings, t)
+    r = result.S.shape[2]
+    own = slice(i * r, (i + 1) * r)
+    C = settings.gain * result.policy[t][1][:, own]
+    return -solve @ result.Gamma[t].T @ (result.in_du[:, None] * C) @ result.Z[t][own]
 
 
 # --- the same step by another road ----------------------------------------------------------------------------------

@@ -29,6 +29,19 @@ def test_every_page_is_in_the_menu():
     assert {p.name for p in DOCS.glob("*.md")} == set(re.findall(r": (\S+\.md)$", menu, re.MULTILINE))
 
 
+def test_links_lead_somewhere_in_the_repository_and_on_the_site():
+    """Pages of the site link to pages of the site: those of docs/, and the results that docs_hooks.py adds."""
+    for page in [*DOCS.glob("*.md"), *(ROOT / "examples" / "results").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if "://" in link:
+                continue
+            target = (page.parent / link).resolve()
+            assert target.is_file(), f"{page.name} links to {link}"
+            assert target.is_relative_to(DOCS) or target.is_relative_to(ROOT / "examples" / "results"), (
+                f"{page.name} links to {link}, which the built site does not have"
+            )
+
+
 @pytest.mark.skipif(
     any(util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings")),
     reason='the docs extra is not installed: pip install "ddpn-fx[docs]"',
@@ -38,4 +51,9 @@ def test_the_site_builds_strictly(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "index.html").exists()
+    site = tmp_path / "site"
+    for page in (site / "paper.html", site / "examples" / "results" / "paper" / "policies.html"):
+        links = re.findall(r'(?:href|src)="(?!https?:)([^"#?]+)', page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == []
+    assert "examples/results/paper/table3.html" in (site / "paper.html").read_text()
     shutil.rmtree(tmp_path / "site")

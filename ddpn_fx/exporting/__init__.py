@@ -26,7 +26,7 @@ from torch import fx
 
 from ddpn_fx.exporting.dot import dot_source
 from ddpn_fx.exporting.drawing import Drawing, chain_drawing, graph_drawing
-from ddpn_fx.exporting.files import INDEX, Content, file_stems, index_text, prepare_folder, write_files
+from ddpn_fx.exporting.files import INDEX, SWITCHED_OFF, Content, file_stems, index_text, prepare_folder, write_files
 from ddpn_fx.exporting.formats import GRAPHS_ONLY, chosen_formats
 from ddpn_fx.exporting.html import NAME as PAGE
 from ddpn_fx.exporting.html import page
@@ -84,6 +84,7 @@ def write_graphs(
     skipped: Mapping[str, str] | None = None,
     title: str = "model",
     notes: Mapping[str, str] | None = None,
+    off: Sequence[str] = (),
 ) -> Written:
     """Write every graph in the formats asked for, the chain of stages, and a table of all in index.md.
 
@@ -106,6 +107,7 @@ def write_graphs(
         skipped: format -> why it is not written; noted in index.md.
         title: what the graphs are of.
         notes: file name -> text to write beside the graphs.
+        off: names of the passes that were switched off; noted in index.md.
 
     Returns:
         The files written.
@@ -155,8 +157,9 @@ def write_graphs(
     target = Path(folder)
     earlier = prepare_folder(target, contents)
     plain = "svg" in wanted and shutil.which("dot") is None
-    remark = "Graphviz is not installed here: the SVG files have the built-in layout." if plain else ""
-    paths = write_files(target, {INDEX: index_text(rows, earlier, skipped, remark), **contents})
+    remarks = [f"{SWITCHED_OFF}{', '.join(off)}."] if off else []
+    remarks += ["Graphviz is not installed here: the SVG files have the built-in layout."] if plain else []
+    paths = write_files(target, {INDEX: index_text(rows, earlier, skipped, "\n\n".join(remarks)), **contents})
     _log.info("wrote %d files to %s in %.2f s", len(paths), target, time.perf_counter() - start)
     return Written(paths, skipped or {})
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from ddpn_fx.exporting.files import INDEX, SWITCHED_OFF
 from ddpn_fx.passes.log import difference
 
 _MARK = "Written by ddpn_fx.export"
@@ -66,6 +67,18 @@ def compare(a: str | PathLike[str], b: str | PathLike[str], context: int = 3) ->
         operators = difference(_operators(old), _operators(new))
         found.append(GraphDifference(name, "", "" if operators == "no change" else operators, tuple(lines)))
     return found
+
+
+def switched_off(folder: str | PathLike[str]) -> tuple[str, ...]:
+    """Names of the passes that were off when a folder was exported, as its index.md says.
+
+    Args:
+        folder: a folder that `ddpn_fx.export` wrote into.
+    """
+    index = Path(folder, INDEX)
+    text = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
+    line = re.search(f"^{SWITCHED_OFF}(.*)$", text, re.MULTILINE)
+    return tuple(line[1].rstrip(".").split(", ")) if line else ()
 
 
 def _graphs(folder: Path) -> dict[str, list[str]]:

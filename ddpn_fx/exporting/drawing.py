@@ -19,6 +19,7 @@ ROLE_COLOURS = {
     "rollout": "#c9eef0",
     "update": "#ffd0d0",
     "loss": "#fff3b0",
+    "figures": "#ecd9c6",
 }
 """Fill of a node by its role; dark text is readable on each."""
 

@@ -18,6 +18,7 @@ Content = str | bytes | dict[str, Any]
 """What a file holds: a text, bytes, or what `torch.save` writes."""
 
 INDEX = "index.md"
+SWITCHED_OFF = "Passes switched off: "
 _MARK = "<!-- Written by ddpn_fx.export: the record of the files it may overwrite here. -->"
 _LINK = re.compile(r"\]\(([^)]+)\)")
 _TAKEN = {"chain", "index", "model", "model_explorer", "passes"}

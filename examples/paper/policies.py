@@ -4,29 +4,29 @@ A stage's feedback matrix maps a change of its state to a change of its weights.
 
     K_t = -eta Gamma_t C_t Z_t^T        (Gamma_t: controls x r, C_t: r x r, Z_t: state x r; the identity metric)
 
-with the recursion of the default's last row, ``C_t^-1 = C_{t+1}^-1 + eta Gamma_t^T Gamma_t``. Its right singular
-vectors lie in the span of Z_t: with ``v = Z_t a`` they are the solutions of ``(C G C)(Z^T Z) a = s^2 a``, G =
-Gamma^T Gamma. The leading one, the change of state that moves the weights most, is pulled back to the input by the
-network's own VJP, which for a combination of the columns is ``Z_0 a``. The terminal factor is the whole bound (r = 9):
-with one column, as in the paper's factorisation, every layer would show one and the same picture.
+with the recursion of the default's last row, ``C_t^-1 = C_{t+1}^-1 + eta Gamma_t^T Gamma_t``. Its leading right
+singular vector, the change of state that moves the weights most, is pulled back to the input by the network's own VJP:
+``ddpn_fx.policies``. The terminal factor is the whole bound (r = 9): with one column, as in the paper's factorisation,
+every layer would show one and the same picture.
 
     python examples/paper/policies.py --data FOLDER      a minute: trains the network of table3.py, writes policies.png
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from arena import Arenas, Task
 from common import adjusted, facts, parser, write_page
 from methods import DEFAULT
 from record import Record
 from torch import Tensor, nn
 
+import ddpn_fx
 from ddpn_fx.data import require
 from ddpn_fx.demo import report
 from ddpn_fx.demo.compare import one_thread
@@ -44,11 +44,15 @@ def main() -> int:
     with one_thread():
         arena = Arenas(options.data).of(task)()
         trained = arena.train(DEFAULT, LR, 0, steps=task.steps)
-        layers = [m for m in arena.model if isinstance(m, nn.Conv2d)]
+        net = ddpn_fx.compile(arena.model, loss=F.cross_entropy, backend="eager")
+        opt = ddpn_fx.DDPNOpt(net, LR, rank=None)
+        chain = net.capture(arena.data.x_test[:2], arena.data.y_test[:2], with_target=True)
+        layers = {f"{name}.weight" for name, module in arena.model.named_modules() if isinstance(module, nn.Conv2d)}
+        stages = [stage.index for stage in chain.stages if layers & set(stage.controls)]
         found = []
         for of, like in PAIRS:
             image = nearest(arena.model, arena.data.x_test, arena.data.y_test, of, like)
-            policies = [leading(arena.model, layers, image[None], t) for t in range(len(layers))]
+            policies = [leading(opt, stage, image[None], of) for stage in stages]
             turn = towards(arena.model, image[None], of, like)
             for policy in policies:
                 policy["image"] *= 1.0 if float((policy["image"] * turn).sum()) >= 0 else -1.0
@@ -93,43 +97,10 @@ def towards(model: nn.Module, image: Tensor, of: int, like: int) -> Tensor:
     return torch.autograd.grad(logits[like] - logits[of], x)[0][0]
 
 
-def leading(model: nn.Sequential, layers: list[nn.Conv2d], image: Tensor, t: int) -> dict[str, Any]:
-    """The leading right singular vector of convolution t's K_t for one image, pulled back to it."""
-    x = image.clone().requires_grad_()
-    states, value = {}, x
-    for module in model:
-        if isinstance(module, nn.Conv2d):
-            states[module] = value
-        value = module(value)
-    classes = value.shape[1]
-    # The whole bound of softmax cross entropy: A = (I - 11^T / C) / 2 = S S^T.
-    centre = torch.eye(classes) - 1.0 / classes
-    values, vectors = torch.linalg.eigh(centre / 2)
-    S = (vectors * values.clamp(min=0).sqrt())[:, 1:]
-    parameters = [list(m.parameters()) for m in model if any(True for _ in m.parameters())]
-    stage = [m for m in model if any(True for _ in m.parameters())].index(layers[t])
-    wanted = [x, states[layers[t]], *(p for group in parameters for p in group)]
-    columns = [
-        torch.autograd.grad(value[0] @ S[:, c], wanted, retain_graph=True, allow_unused=True) for c in range(S.shape[1])
-    ]
-    Z0, Z = (torch.stack([column[i].flatten() for column in columns], 1) for i in (0, 1))
-    grams, start = [], 2
-    for group in parameters:
-        gamma = torch.stack([torch.cat([g.flatten() for g in c[start : start + len(group)]]) for c in columns], 1)
-        grams.append((gamma.T @ gamma).double())
-        start += len(group)
-    inverse = torch.eye(S.shape[1], dtype=torch.float64) + LR * sum(grams[stage:])
-    C = torch.linalg.inv(inverse)
-    # K^T K = eta^2 Z (C G C) Z^T, on the span of Z: with Z^T Z = L L^T it is similar to L^T (C G C) L.
-    inner = Z.double().T @ Z.double()
-    values, vectors = torch.linalg.eigh(inner)
-    root = vectors * values.clamp(min=0).sqrt()
-    squares, basis = torch.linalg.eigh(LR**2 * root.T @ C @ grams[stage] @ C @ root)
-    # v = Z a with a = vectors diag(1/sqrt) b, of unit length.
-    scale = torch.where(values > 1e-12 * values.max(), values.clamp(min=1e-300).rsqrt(), 0.0)
-    a = (vectors * scale) @ basis[:, -1]
-    pulled = (Z0.double() @ a).reshape(image.shape[1:])
-    return {"image": pulled, "strength": math.sqrt(float(squares[-1])), "share": float(squares[-1] / squares.sum())}
+def leading(opt: ddpn_fx.DDPNOpt, stage: int, image: Tensor, label: int) -> dict[str, Any]:
+    """The leading right singular vector of a stage's feedback matrix for one image, pulled back to it."""
+    found = ddpn_fx.policies(opt, stage, image, torch.tensor([label]), count=1)
+    return {"image": found.inputs[0][0, 0], "strength": float(found.values[0, 0]), "share": float(found.share[0, 0])}
 
 
 def picture(path: Path, found: list[Any]) -> None:

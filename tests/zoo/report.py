@@ -90,7 +90,7 @@ def page(rows: list[dict], refusals: list[dict]) -> str:
     lines = [
         "# What it trains",
         "",
-        f"{len(passing)} of {len(rows)} model families pass every check of [tests/zoo](../tests/zoo)"
+        f"{len(passing)} of {len(rows)} model families pass every check of `tests/zoo`"
         f" (torch {torch.__version__.split('+')[0]}, {platform.system()}). Written by `python -m tests.zoo.report`.",
         "",
         "| check | what it holds |",

@@ -1,0 +1,93 @@
+"""The structure of an optimizer's next step: what of its options is part of the program, and what only a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ddpn_fx.passes.errors import StagingError
+from ddpn_fx.passes.ir import Chain
+from ddpn_fx.passes.mode import Mode
+from ddpn_fx.passes.provenance import describe
+
+if TYPE_CHECKING:
+    from ddpn_fx.optimizer import DDPNOpt
+
+
+def structure_of(opt: DDPNOpt) -> Any:
+    """The parts of the mode that can change between steps."""
+    folds = opt._fold_allowed and opt.trust is None and float(opt.gain) == 1.0
+    groups = tuple(
+        (bool(float(g["weight_decay"])), bool(float(g["momentum"])), tuple(id(p) for p in g["params"]))
+        for g in opt.param_groups
+    )
+    switches = folds, opt.trust is None, bool(float(opt.tikhonov)), bool(float(opt.beta1)), opt._figures_wanted
+    return *switches, groups
+
+
+def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
+    """The mode of the next step.
+
+    Args:
+        opt: the optimizer.
+        params: the model's parameters by name.
+
+    Raises:
+        ValueError: a parameter of a group is the model's no longer, or none is trainable.
+    """
+    folds, no_trust, regularized, average, figures, _ = structure_of(opt)
+    names = {id(p): n for n, p in reversed(list(params.items()))}
+    for i, members in enumerate(g["params"] for g in opt.param_groups):
+        for p in members:
+            if id(p) not in names:
+                raise ValueError(
+                    f"DDPNOpt.train_step: a parameter of shape {tuple(p.shape)} in group {i} is no longer a "
+                    "parameter of the model (a layer was replaced, or loaded with assign=True); "
+                    "make the optimizer anew"
+                )
+    group = tuple((names[id(p)], i) for i, g in enumerate(opt.param_groups) for p in g["params"] if p.requires_grad)
+    if not group:
+        raise ValueError(
+            "DDPNOpt.train_step: no parameter of the optimizer's groups has requires_grad=True any more, "
+            "so there is nothing to train"
+        )
+    off = opt.net._options["off"]
+    return Mode(
+        terminal=opt._factor,
+        coupling=opt.coupling,
+        quu=opt.quu,
+        rollout=opt.rollout,
+        feedback=opt.feedback,
+        fold=folds
+        and "fold" not in off
+        and opt.quu == "gauss-newton"
+        and opt.rollout == "linear"
+        and not regularized
+        and (opt.preconditioner is None or opt.preconditioner.moments == "gradient"),
+        trust=not no_trust,
+        group=group,
+        decay=tuple(bool(float(g["weight_decay"])) for g in opt.param_groups),
+        decoupled=opt.decoupled,
+        momentum=tuple(bool(float(g["momentum"])) for g in opt.param_groups),
+        average=average,
+        preconditioner=opt.preconditioner,
+        tikhonov=regularized,
+        stages=figures,
+        off=off,
+    )
+
+
+def refuse_mixing(call: str, chain: Chain, feedback: bool) -> None:
+    """Refuse a closed loop over samples that mix.
+
+    Raises:
+        StagingError: they do; ``call`` is who asked.
+    """
+    if chain.mixing is not None and feedback:
+        raise StagingError(
+            f"{call}: {describe(chain.mixing)} mixes the samples of the batch, so a sample has no "
+            "state of its own; use feedback=False (plain gradient steps), or a norm over each sample "
+            "(GroupNorm, LayerNorm) in its place"
+        )
