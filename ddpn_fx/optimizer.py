@@ -220,8 +220,6 @@ class DDPNOpt(Optimizer):
                     {n: params[n].detach() for n in lowered.signature.params}, buffers, leaves, vector, state
                 )
                 (values,) = lowered.run(*flat)
-            if net._options["mode"] is not None:
-                values = values.clone()  # a CUDA graph's next replay writes over its outputs
             self._kept.refresh(lowered.program, self.state, params)
         self.stats = dict(zip(STATISTICS, values.unbind(), strict=True))
         self._opt_called = True  # torch's schedulers look for a step before theirs
