@@ -230,8 +230,7 @@ def test_a_step_takes_any_layout_of_the_batch():
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
     for name, tensor in model.state_dict().items():
         assert torch.allclose(tensor, twin.state_dict()[name], atol=1e-5), name
-    (lowered,) = net._lowered.values()
-    assert lowered.run.compiled == 2
+    assert [lowered.run.compiled for lowered in net._lowered.values()] == [1, 1]
 
 
 STEP = """

@@ -107,7 +107,9 @@ def table(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> str:
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", default="", help="models whose name holds this")
+    parser.add_argument(
+        "--only", metavar="TEXT", nargs="+", default=["MLP", "group norm", "transformer"], help="models with this name"
+    )
     parser.add_argument("--layers", type=int, default=12, help="of the transformer (default: 12)")
     parser.add_argument("--width", type=int, default=128, help="of the transformer (default: 128)")
     parser.add_argument("--batch", type=int, default=8, help="samples (default: 8)")
@@ -127,10 +129,12 @@ def main() -> None:
     if chosen.start:
         print(json.dumps(start(*chosen.start, chosen)))
         return
-    models = [m for m in networks(chosen.layers, chosen.width, chosen.batch) if chosen.only.lower() in m.lower()]
+    known = networks(chosen.layers, chosen.width, chosen.batch)
+    models = [m for m in known if any(text.lower() in m.lower() for text in chosen.only)]
     results = {model: measure(model, chosen) for model in models}
     environment = report.environment()
-    text = f"{table(results)}\n\n{report.describe(environment)}, {chosen.threads} threads, batch {chosen.batch}\n"
+    text = f"{table(results)}\n\n{report.describe(environment)}, on {report.device(chosen.device)}, "
+    text += f"threads: {chosen.threads}, batch {chosen.batch}\n"
     print(f"\n{text}", end="")
     setting = {k: v for k, v in vars(chosen).items() if k not in ("out", "start")}
     report.write_json(chosen.out, environment | {"setting": setting, "results": results})
