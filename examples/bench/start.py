@@ -131,11 +131,18 @@ def main() -> None:
         return
     known = networks(chosen.layers, chosen.width, chosen.batch)
     models = [m for m in known if any(text.lower() in m.lower() for text in chosen.only)]
-    results = {model: measure(model, chosen) for model in models}
-    environment = report.environment()
-    text = f"{table(results)}\n\n{report.describe(environment)}, on {report.device(chosen.device)}, "
+    results = {}
+    for model in models:
+        results[model] = measure(model, chosen)
+        write(results, chosen)  # after each: a run may be cut short
+    print(f"\n{chosen.out.with_suffix('.md').read_text(encoding='utf-8')}", end="")
+
+
+def write(results: dict[str, Any], chosen: argparse.Namespace) -> None:
+    """Write the figures as JSON and as a Markdown table."""
+    environment = report.environment() | {"device": report.device(chosen.device)}
+    text = f"{table(results)}\n\n{report.describe(environment)}, on {environment['device']}, "
     text += f"threads: {chosen.threads}, batch {chosen.batch}\n"
-    print(f"\n{text}", end="")
     setting = {k: v for k, v in vars(chosen).items() if k not in ("out", "start")}
     report.write_json(chosen.out, environment | {"setting": setting, "results": results})
     chosen.out.with_suffix(".md").write_text(text, encoding="utf-8")
