@@ -49,6 +49,7 @@ def networks(layers: int, width: int, batch: int) -> dict[str, tuple[Callable[[]
     return {
         "MLP 784-512x4-10": (lambda: relu_network(784, *[512] * 4, 10), torch.randn(batch, 784), labels),
         "ResNet-18, 3x32x32": (ResNet, torch.randn(batch, 3, 32, 32), labels),
+        "ResNet-18, 3x64x64": (ResNet, torch.randn(batch, 3, 64, 64), labels),
         "ResNet-18 with group norm, 3x32x32": (lambda: ResNet(norm=group_norm), torch.randn(batch, 3, 32, 32), labels),
         f"transformer, {layers} layers, width {width}": (lambda: Encoder(layers, width), tokens[0], tokens[1]),
     }
