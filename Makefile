@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--qui
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all coverage lint format bench docs clean
+.PHONY: help demo test test-all coverage lint format bench cuda docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -41,6 +41,12 @@ format: $(VENV)/.dev ## rewrite the sources in the house's format
 
 bench: $(VENV)/.dev ## step time against a compiled SGD step
 	$(BIN)/python examples/bench/step.py $(ARGS)
+
+cuda: $(VENV)/.dev ## on a GPU: the tests that need one, then the step's and the start's benchmarks
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make cuda: torch finds no CUDA device")'
+	$(BIN)/python -m pytest -m cuda tests/test_cuda.py $(ARGS)
+	$(BIN)/python examples/bench/step.py --device cuda --models all --out examples/results/bench/step_cuda.json
+	$(BIN)/python examples/bench/start.py --device cuda --out examples/results/bench/start_cuda.json
 
 docs: $(VENV)/.docs ## build the documentation into build/site, every warning an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -68,8 +68,10 @@ class Dataset:
         """Number of classes."""
         return int(self.y_train.max()) + 1
 
-    def batches(self, batch_size: int, steps: int, *, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `steps` training batches of exactly `batch_size` samples, reshuffled every epoch.
+    def batches(
+        self, batch_size: int, steps: int, *, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `steps` training batches of exactly `batch_size` samples, reshuffled every epoch, on a device.
 
         The order depends on `seed` alone, so two optimisers can be given the same batches. What does not fill the last
         batch of an epoch is left out: every batch has one shape, and a compiled step is compiled once.
@@ -87,7 +89,14 @@ class Dataset:
             if start == 0:
                 order = torch.randperm(samples, generator=generator)
             index = order[start : start + batch_size]
-            yield self.x_train[index], self.y_train[index]
+            yield send(self.x_train[index], device), send(self.y_train[index], device)
+
+
+def send(batch: Tensor, device: str | torch.device) -> Tensor:
+    """A tensor on a device; to a GPU from pinned memory, without waiting: the copy runs beside the step before it."""
+    if torch.device(device).type == "cuda" and batch.device.type == "cpu":
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True)
 
 
 def load(name: str, folder: str | os.PathLike[str] | None = None, *, flat: bool = False) -> Dataset:

@@ -251,7 +251,7 @@ def _trigger(key: tuple[Any, ...], earlier: Sequence[tuple[Any, ...]]) -> str:
         new = [tuple(s[0]) if not isinstance(s[0], str) else s[1] for s in shapes]
         old = [tuple(s[0]) if not isinstance(s[0], str) else s[1] for s in old_shapes]
         changed = [f"{b} became {a}" for a, b in zip(new, old, strict=False) if a != b]
-        reasons.append(f"another batch shape: {', '.join(changed) or 'another structure or dtype'}")
+        reasons.append(f"another batch shape: {', '.join(changed) or 'another structure, dtype or memory layout'}")
     if signature != old_signature:
         reasons.append(f"the model changed: {_model_change(signature, old_signature)}")
     if mode != old_mode:

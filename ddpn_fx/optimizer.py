@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ddpn_fx import journal, preconditioners
 from ddpn_fx import terminal as terminals
 from ddpn_fx.batch import split_batch
+from ddpn_fx.faults import Faults
 from ddpn_fx.kept import Kept
 from ddpn_fx.last import Last, stage_figures
 from ddpn_fx.module import CompiledModule
@@ -119,6 +120,7 @@ class DDPNOpt(Optimizer):
         self._programs: dict[Any, Lowered] = {}
         self._vector: tuple[Any, Tensor] | None = None
         self._kept = Kept()
+        self._faults = Faults()
         self._fold_allowed = not isinstance(gain, Tensor)
         super().__init__(initial_groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
@@ -206,7 +208,8 @@ class DDPNOpt(Optimizer):
             Exception: on the first batch of a kind, what the model or its loss itself raises on it in eager mode.
 
         A batch whose factors are not finite changes nothing; ``opt.stats["skipped"]`` is then 1. Under autocast
-        the model runs in the lower precision, and the recursion in float32 as always.
+        the model runs in the lower precision, and the recursion in float32 as always. On a GPU nothing here waits for
+        the device, so a ``LossError`` may come some steps late; no faulty step changes a weight.
         """
         net = self.net
         own_loss = net._options["loss"] is None
@@ -224,8 +227,6 @@ class DDPNOpt(Optimizer):
                     {n: params[n].detach() for n in lowered.signature.params}, buffers, leaves, vector, state
                 )
                 (values,) = lowered.run(*flat)
-            if net._options["mode"] is not None:
-                values = values.clone()  # a CUDA graph's next replay writes over its outputs
             self._kept.refresh(lowered.program, self.state, params)
         self.stats = dict(zip(STATISTICS, values[: len(STATISTICS)].unbind(), strict=True))
         self._last = Last(lowered.program, inputs, target)
@@ -233,7 +234,8 @@ class DDPNOpt(Optimizer):
         self._figures_wanted = False
         self._opt_called = True  # torch's schedulers look for a step before theirs
         if getattr(self._factor, "floor", None) is not None or lowered.program.chain.loss_node is None:
-            self._raise_fault()
+            for arrived in self._faults.arrived(values[: len(STATISTICS)]):
+                self._raise_fault(dict(zip(STATISTICS, arrived.tolist(), strict=True)))
         return self.stats["loss"]
 
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
@@ -249,13 +251,13 @@ class DDPNOpt(Optimizer):
             "    loss = opt.train_step(x, y)"
         )
 
-    def _raise_fault(self) -> None:
-        fault = float(self.stats["fault"])
+    def _raise_fault(self, stats: Mapping[str, float]) -> None:
+        fault = stats["fault"]
         if fault == FAULT_FLOOR:
             raise LossError(
                 "DDPNOpt.train_step: a sample's loss is below "
                 f"loss_floor={self._factor.floor!r} "  # type: ignore[attr-defined]
-                f"(batch loss {float(self.stats['loss']):.6g}); no weight was changed. "
+                f"(batch loss {stats['loss']:.6g}); no weight was changed. "
                 "Pass the loss's true least value as loss_floor="
             )
         if fault == FAULT_MIXING:
@@ -281,7 +283,9 @@ class DDPNOpt(Optimizer):
         shapes = tuple(
             (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t).__name__, repr(t)) for t in leaves
         )
-        key = (str(spec), shapes, net._signature(params, buffers))
+        # A trace holds for the strides it was made with (channels last, a slice): its views are of that memory.
+        layouts = tuple([t.stride() for t in (*leaves, *params.values()) if isinstance(t, Tensor)])
+        key = ((str(spec), layouts), shapes, net._signature(params, buffers))
         present = (key, structure_of(self), tuple(map(id, params.values())))
         if present in self._programs:
             return self._programs[present]
@@ -383,6 +387,7 @@ class DDPNOpt(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_programs", {})
         self.__dict__.setdefault("_vector", None)
+        self.__dict__.setdefault("_faults", Faults())
         self.__dict__.setdefault("stats", {})
         self.__dict__.setdefault("stage_stats", {})
         self.__dict__.setdefault("_figures_wanted", False)

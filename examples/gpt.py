@@ -5,7 +5,7 @@ batches; one row of the table is a method at one step size. Prints a Markdown ta
 examples/results/gpt.md and gpt.json, and exits with status 1 if the claim fails: DDPNOpt with the diagonal or the
 factored preconditioner and an averaged direction ends below the best Adam.
 
-    python examples/gpt.py [--steps 400] [--seeds 1]
+    python examples/gpt.py [--steps 400] [--seeds 1] [--device cuda]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bench.models import GPT, positions
 from torch import Tensor, nn
 
 import ddpn_fx
+from ddpn_fx.data import send
 from ddpn_fx.demo import report
 from ddpn_fx.demo.compare import plain_step
 from ddpn_fx.preconditioners import Diagonal, Factored
@@ -94,21 +95,23 @@ def methods() -> Iterator[Method]:
         yield Method("DDPNOpt, factored, beta1 0.9", lr, controlled(preconditioner=Factored(), beta1=0.9))
 
 
-def train(method: Method, codes: tuple[Tensor, Tensor, int], steps: int, seed: int) -> tuple[float, float, float]:
+def train(
+    method: Method, codes: tuple[Tensor, Tensor, int], steps: int, seed: int, device: str
+) -> tuple[float, float, float]:
     """(last training loss, validation loss, median seconds a step)."""
     torch.manual_seed(seed)
-    model = GPT(BLOCKS, WIDTH, HEADS, POSITIONS, codes[2])
+    model = GPT(BLOCKS, WIDTH, HEADS, POSITIONS, codes[2]).to(device)
     step = method.make(model, method.lr)
     generator = torch.Generator().manual_seed(seed)
     seconds = []
     for _ in range(steps):
-        x, y = draw(codes[0], BATCH, generator)
+        x, y = (send(t, device) for t in draw(codes[0], BATCH, generator))
         start = time.perf_counter()
         loss = float(step(x, y))
         seconds.append(time.perf_counter() - start)
     held_out = torch.Generator().manual_seed(1234)
     with torch.no_grad():
-        batches = [draw(codes[1], 64, held_out) for _ in range(16)]
+        batches = [[send(t, device) for t in draw(codes[1], 64, held_out)] for _ in range(16)]
         validation = fmean(float(positions(model(x), y)) for x, y in batches)
     return loss, validation, sorted(seconds)[len(seconds) // 2]
 
@@ -118,11 +121,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     codes, rows = text(), []
     for method in methods():
-        runs = [train(method, codes, options.steps, seed) for seed in range(options.seeds)]
+        runs = [train(method, codes, options.steps, seed, options.device) for seed in range(options.seeds)]
         row = {"method": method.name, "lr": method.lr, "validation": [r[1] for r in runs], "loss": [r[0] for r in runs]}
         rows.append({**row, "seconds": runs[0][2]})
         print(f"{method.name} at {method.lr:g}: {fmean(r[1] for r in runs):.3f}", file=sys.stderr, flush=True)
@@ -142,6 +146,7 @@ def main() -> int:
     verdict = f"The claim {'holds' if holds else 'FAILS'}: DDPNOpt {ours:.3f}, best Adam {best('Adam'):.3f}."
     page += f"\n\n{verdict}\n\n{report.describe(environment)}\n"
     options.out.mkdir(parents=True, exist_ok=True)
+    environment["device"] = report.device(options.device)
     record = environment | {"steps": options.steps, "seeds": options.seeds, "claim_holds": holds, "results": rows}
     (options.out / "gpt.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (options.out / "gpt.md").write_text(page, encoding="utf-8")

@@ -4,7 +4,9 @@ A ReLU network 784-32x4-10, batch 64, 800 steps. Each method starts at the same 
 Prints a Markdown table, writes it with all figures to examples/results/mnist.md and mnist.json, and exits with status 1
 if the claim fails: DDPNOpt is within 1 point of the best baseline at each of its step sizes, and its best is not below.
 
-    python examples/mnist.py --data FOLDER      a folder with mnist.npz; see `python -c "help('ddpn_fx.data')"`
+    python examples/mnist.py --data FOLDER [--device cuda]
+
+FOLDER is a folder with mnist.npz; see `python -c "help('ddpn_fx.data')"`
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ Eight layers (widths 8, 16, 32), batch 128, 300 steps. Each method starts at the
 batches. Prints a Markdown table, writes it with all figures to examples/results/resnet_bn.md and .json, and exits with
 status 1 if the claim fails: DDPNOpt's best accuracy in eval mode is at least that of the best SGD, and none diverges.
 
-    python examples/resnet_bn.py --data FOLDER      a folder with cifar10.npz; see `python -c "help('ddpn_fx.data')"`
+    python examples/resnet_bn.py --data FOLDER [--device cuda]
+
+FOLDER is a folder with cifar10.npz; see `python -c "help('ddpn_fx.data')"`
 """
 
 from __future__ import annotations

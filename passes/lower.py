@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddpn_fx.passes.catalogue import log_off
 from ddpn_fx.passes.derive import NotSharedError, Sharing, shared
+from ddpn_fx.passes.direct import direct
 from ddpn_fx.passes.functional import make_functional
 from ddpn_fx.passes.fuse import fuse
 from ddpn_fx.passes.guard import random_state
@@ -41,6 +42,13 @@ class Signature:
     buffers: tuple[str, ...]
     state: tuple[str, ...]
     leaves: int
+
+    @property
+    def lasting(self) -> list[int]:
+        """Positions of the arguments that are the same memory in every step: weights, buffers, optimiser state."""
+        first = len(self.params) + len(self.buffers)
+        after = first + self.leaves + 1
+        return [*range(first), *range(after, after + len(self.state))]
 
     def flatten(
         self,
@@ -178,7 +186,7 @@ def lower(
     run: Callable[..., Any] = module
     if backend != "eager":
         with timed("lower", records, module.graph) as record:
-            run = torch.compile(module, fullgraph=True, dynamic=False, backend=backend, **compile_kwargs)
+            run = direct(module, backend, compile_kwargs, names.lasting)
             record.after = op_counts(module.graph)
     return Lowered(program, names, module, run, vector.clone(), shapes, records)
 

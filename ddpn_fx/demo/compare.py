@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ddpn_fx
-from ddpn_fx.data import Dataset
+from ddpn_fx.data import Dataset, send
 
 TrainStep = Callable[[Tensor, Tensor], Tensor]
 
@@ -122,7 +122,14 @@ class Comparison:
     """The network, its data and the schedule that all methods share."""
 
     def __init__(
-        self, network: Callable[[], nn.Module], data: Dataset, *, batch_size: int, steps: int, backend: str = "inductor"
+        self,
+        network: Callable[[], nn.Module],
+        data: Dataset,
+        *,
+        batch_size: int,
+        steps: int,
+        backend: str = "inductor",
+        device: str = "cpu",
     ) -> None:
         """Compile the network for `DDPNOpt`; the first step does the work.
 
@@ -132,14 +139,16 @@ class Comparison:
             batch_size: samples a step.
             steps: steps a training takes.
             backend: what `torch.compile` is given for `DDPNOpt`'s step.
+            device: where networks and batches are.
         """
         self.network, self.data, self.batch_size, self.steps = network, data, batch_size, steps
-        self.controlled = network()
+        self.device = device
+        self.controlled = network().to(device)
         self.opt = ddpn_fx.DDPNOpt(ddpn_fx.compile(self.controlled, loss=F.cross_entropy, backend=backend))
 
     def warm_up(self) -> None:
         """Take one step of `DDPNOpt`, so that compilation is not part of the first training."""
-        for x, y in self.data.batches(self.batch_size, 1):
+        for x, y in self.data.batches(self.batch_size, 1, device=self.device):
             self.opt.train_step(x, y)
 
     def trainings(
@@ -157,14 +166,14 @@ class Comparison:
         """Train from the weights and with the batches of `seed`; stops at the first loss that is not finite."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = self.network()
+            model = self.network().to(self.device)
         if method.optimizer is None:
             self.controlled.load_state_dict(model.state_dict())
             model, train_step = self.controlled, self._ddpnopt(method)
         else:
             train_step = plain_step(model, method.optimizer(model.parameters(), lr=method.lr))
         loss = float("nan")
-        for x, y in self.data.batches(self.batch_size, self.steps, seed=seed):
+        for x, y in self.data.batches(self.batch_size, self.steps, seed=seed, device=self.device):
             loss = float(train_step(x, y))
             if not abs(loss) < float("inf"):
                 return Run(seed, accuracy(model, self.data), loss, diverged=True)
@@ -180,8 +189,9 @@ def accuracy(model: nn.Module, data: Dataset) -> float:
     """Accuracy over a data set's test samples in eval mode, in per cent; the model is in training mode afterwards."""
     model.eval()
     with torch.no_grad():
+        device = next(model.parameters()).device
         chunks = zip(data.x_test.split(1000), data.y_test.split(1000), strict=True)
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in chunks)
+        right = sum(int((model(send(x, device)).argmax(1) == send(y, device)).sum()) for x, y in chunks)
     model.train()
     return 100.0 * right / len(data.y_test)
 

@@ -27,6 +27,7 @@ def arguments(description: str | None, *, seeds: int, steps: int, batch_size: in
         "--batch-size", metavar="N", type=int, default=batch_size, help="samples a step (default: %(default)s)"
     )
     parser.add_argument("--backend", default="inductor", help="of torch.compile (default: inductor)")
+    parser.add_argument("--device", default="cpu", help="where networks and batches are (default: cpu)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("examples/results"))
     return parser
 
@@ -66,7 +67,12 @@ def run(
         parser.error(str(error))
     print("compiling ...", file=sys.stderr)
     comparison = Comparison(
-        network, dataset, batch_size=options.batch_size, steps=options.steps, backend=options.backend
+        network,
+        dataset,
+        batch_size=options.batch_size,
+        steps=options.steps,
+        backend=options.backend,
+        device=options.device,
     )
     summaries = []
     for summary in comparison.trainings(methods, options.seeds):
@@ -86,6 +92,7 @@ def run(
         "steps": options.steps,
         "seeds": list(range(options.seeds)),
         "backend": options.backend,
+        "device": report.device(options.device),
         "claim_holds": holds,
         "results": [summary.as_dict() for summary in summaries],
     }

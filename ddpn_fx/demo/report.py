@@ -41,6 +41,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def device(name: str) -> str:
+    """Say what a device is: a GPU by its maker's name for it, anything else as it is."""
+    return torch.cuda.get_device_name(name) if torch.device(name).type == "cuda" else name
+
+
 def describe(record: dict[str, Any]) -> str:
     """Return the machine and the versions of `environment` in one line."""
     machine, versions = record["machine"], record["versions"]

@@ -1,10 +1,14 @@
-"""What a training step takes: times that can be compared on a machine that does other work too, and memory."""
+"""What a training step takes: times that can be compared on a machine that does other work too, and memory.
+
+A step on a GPU is waited for before the clock is read.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,15 +34,24 @@ def interleaved(
     for repeat in range(warm + repeats):
         x, y = batches[repeat % len(batches)]
         for name, step in steps.items():
+            _wait(x)
             started = time.perf_counter()
             step(x, y)
+            _wait(x)
             if repeat >= warm:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
 def peak_bytes(step: Callable[[Tensor, Tensor], object], x: Tensor, y: Tensor) -> int:
-    """The most bytes that the tensors of a step take on the CPU, beside those that were there before it."""
+    """The most bytes that the tensors of a step take on their device, beside those that were there before it."""
+    if x.is_cuda:
+        _wait(x)
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        step(x, y)
+        _wait(x)
+        return torch.cuda.max_memory_allocated(x.device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step(x, y)
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
@@ -48,3 +61,9 @@ def peak_bytes(step: Callable[[Tensor, Tensor], object], x: Tensor, y: Tensor) -
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def _wait(batch: Tensor) -> None:
+    """For what is under way on the batch's GPU."""
+    if batch.is_cuda:
+        torch.cuda.synchronize(batch.device)

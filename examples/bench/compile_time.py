@@ -1,26 +1,23 @@
 """How long compilation takes before any backend sees a graph: capture and passes, model by model, pass by pass.
 
     python examples/bench/compile_time.py                          the table below, about a minute
-    python examples/bench/compile_time.py --inductor               also what torch.compile takes, and for SGD's step
     python examples/bench/compile_time.py --only transformer --layers 24 --repeats 3
 
 Each model gets a net of its own, after one tiny net has paid for torch's lazy imports. A figure is the least of the
 repeats. `derived` says how many stages were traced, `copied` how many were written as copies of them; the others were
-traced by themselves. Writes the figures as JSON and as a Markdown table.
+traced by themselves. What the backend takes after that is in `start.py`. Writes JSON and a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import ResNet
-from step import compiled_sgd
+from models import ResNet, group_norm
 from torch import Tensor, nn
 
 import ddpn_fx
@@ -53,6 +50,7 @@ def networks(layers: int, width: int, batch: int) -> dict[str, tuple[Callable[[]
         "MLP 784-512x4-10": (lambda: relu_network(784, *[512] * 4, 10), torch.randn(batch, 784), labels),
         "ResNet-18, 3x32x32": (ResNet, torch.randn(batch, 3, 32, 32), labels),
         "ResNet-18, 3x64x64": (ResNet, torch.randn(batch, 3, 64, 64), labels),
+        "ResNet-18 with group norm, 3x32x32": (lambda: ResNet(norm=group_norm), torch.randn(batch, 3, 32, 32), labels),
         f"transformer, {layers} layers, width {width}": (lambda: Encoder(layers, width), tokens[0], tokens[1]),
     }
 
@@ -74,34 +72,14 @@ def measure(build: Callable[[], nn.Module], x: Tensor, y: Tensor) -> dict[str, A
     }
 
 
-def inductor(build: Callable[[], nn.Module], x: Tensor, y: Tensor) -> dict[str, float]:
-    """Seconds of the first call of torch.compile's SGD step, and of DDPNOpt's, without capture and passes."""
-    sgd = compiled_sgd(build(), F.cross_entropy, "inductor")
-    started = time.perf_counter()
-    sgd(x, y)
-    first = {"SGD": time.perf_counter() - started}
-    net = ddpn_fx.compile(build(), loss=F.cross_entropy)
-    opt = ddpn_fx.DDPNOpt(net)
-    started = time.perf_counter()
-    opt.train_step(x, y)
-    whole = time.perf_counter() - started
-    (lowered,) = net._lowered.values()
-    return {**first, "DDPNOpt": whole - sum(r.seconds for r in (*net.chain.records, *lowered.records))}
-
-
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
     header = ["model", *(f"{name}, s" for name in PASSES), "total, s", "stages", "derived", "copied", "operators"]
-    backend = any("inductor" in row for row in rows.values())
-    if backend:
-        header += ["torch.compile, s", "torch.compile of SGD, s"]
     lines = []
     for name, row in rows.items():
         seconds = [f"{row['seconds'][p]:.2f}" for p in PASSES]
         line = [name, *seconds, f"{row['total']:.1f}"]
         line += [str(row[k]) for k in ("stages", "derived", "copied", "operators")]
-        if backend:
-            line += [f"{row['inductor'][k]:.1f}" for k in ("DDPNOpt", "SGD")]
         lines.append(line)
     return report.markdown(header, lines, numbers_from=1)
 
@@ -114,7 +92,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128, help="of the transformer (default: 128)")
     parser.add_argument("--batch", type=int, default=8, help="samples (default: 8)")
     parser.add_argument("--repeats", type=int, default=1, help="times that each model is compiled (default: 1)")
-    parser.add_argument("--inductor", action="store_true", help="also time torch.compile, for this step and SGD's")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
     parser.add_argument(
         "--out", metavar="FILE", type=Path, default=Path(__file__).parents[1] / "results/bench/compile_time.json"
@@ -134,9 +111,6 @@ def main() -> None:
         if chosen.only.lower() not in name.lower():
             continue
         rows[name] = min((measure(build, x, y) for _ in range(chosen.repeats)), key=lambda row: row["total"])
-        if chosen.inductor:
-            torch._dynamo.reset()
-            rows[name]["inductor"] = inductor(build, x, y)
         print(f"{name}: {rows[name]['total']:.1f} s", flush=True)
     environment = report.environment()
     text = f"{table(rows)}\n\n{report.describe(environment)}, {torch.get_num_threads()} threads, batch {chosen.batch}\n"

@@ -9,6 +9,7 @@ convolutions), memory in torch's allocations during one step, beside the weights
     python examples/bench/step.py --models all --methods all    every model and method (half an hour)
     python examples/bench/step.py --models mlp --batch 64 128 256 512 --coupling 64
     python examples/bench/step.py --models mlp --depth 8 --width 256
+    python examples/bench/step.py --models all --device cuda
 
 `--methods` are of: default, nonlinear, rank2, full, diagonal, factored, kronecker, eigen-kronecker, groups, open, adam,
 muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as Markdown.
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def compiled_sgd(model: nn.Module, loss: Callable[..., Tensor], backend: str) ->
     """A training step of plain SGD as one compiled program; buffers are updated too."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers())
-    lr = torch.tensor(LR)
+    lr = torch.tensor(LR, device=next(iter(parameters.values())).device)
 
     def step(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
         def objective(parameters: dict[str, Tensor]) -> Tensor:
@@ -158,7 +159,9 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
     """Time every method on one model at one batch size: method -> figures."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    batches = [problem.draw(batch) for _ in range(8)]
+    build, draw = problem.build, problem.draw
+    problem = replace(problem, build=lambda: build().to(chosen.device))
+    batches = [tuple(t.to(chosen.device) for t in draw(batch)) for _ in range(8)]
     contestants: dict[str, Contestant] = {"SGD": sgd(problem, chosen.backend, batches[0])}
     for method in chosen.methods:
         options = {"coupling": chosen.coupling} if method == "groups" else OPTIONS.get(method)
@@ -211,6 +214,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=4, help="number of the MLP's hidden layers (default: 4)")
     parser.add_argument("--coupling", type=int, default=64, help="samples in a group, for method groups (default: 64)")
     parser.add_argument("--backend", default="inductor", help="of torch.compile, for all (default: inductor)")
+    parser.add_argument("--device", default="cpu", help="where models and batches are (default: cpu)")
     parser.add_argument("--repeats", type=int, default=60, help="timed calls of each step (default: 60)")
     parser.add_argument("--warm", type=int, default=5, help="calls of each before the timed ones (default: 5)")
     parser.add_argument(
@@ -242,10 +246,11 @@ def main() -> None:
     for name in chosen.models:
         for batch in chosen.batch or [made[name].batch]:
             found[f"{name}, {batch}"] = run(name, made[name], batch, chosen)
-    environment = report.environment()
+    environment = report.environment() | {"device": report.device(chosen.device)}
     page = f"{table(found)}\n\nTime, FLOPs and peak memory over SGD's; {chosen.repeats} interleaved repeats, "
     page += "freed memory kept, " if chosen.keep_freed_memory else ""
-    page += f"backend {chosen.backend}, {torch.get_num_threads()} threads. {report.describe(environment)}\n"
+    page += f"backend {chosen.backend}, {torch.get_num_threads()} threads, "
+    page += f"on {environment['device']}. {report.describe(environment)}\n"
     print(page, end="")
     setting = {k: v for k, v in vars(chosen).items() if k != "out"}
     report.write_json(chosen.out, environment | {"setting": setting, "results": found})

@@ -29,6 +29,9 @@ def affine_norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     args[2 : 2 + len(affine)] = [None] * len(affine)
     node.meta.setdefault("group", node.name)
     write = Writer(graph, node)
+    low, wide = node.meta["val"].dtype, next(a for a in affine if a is not None).meta["val"].dtype
+    if low != wide:  # as under autocast: torch's kernel takes both, and computes in the wider one
+        args[0] = write(aten._to_copy.default, args[0], dtype=wide)
     out = write(node.target, *args, **node.kwargs)
     for parameter, op in zip(affine, (aten.mul.Tensor, aten.add.Tensor), strict=False):
         if parameter is not None:
@@ -36,7 +39,7 @@ def affine_norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
                 tail = [-1, *([1] * (node.meta["val"].dim() - 2))]
                 parameter = write(aten.reshape.default, parameter, tail)
             out = write(op, out, parameter)
-    return out
+    return out if low == wide else write(aten._to_copy.default, out, dtype=low)
 
 
 def batch_norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
