@@ -131,6 +131,10 @@ class Convolution(Rule):
         """The weight's columns are outer products in each group."""
         return _groups(node) if argument is node.args[1] else 0
 
+    def products(self, argument: fx.Node) -> tuple[Tensor, Tensor] | None:
+        """Patches and cotangents."""
+        return self.patches.mT, self.h.mT
+
     def product_moments(
         self, argument: fx.Node, coefficient: Tensor, diagonal: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
