@@ -171,7 +171,7 @@ def page(record: Record, tasks: list[Task], summaries: dict[Any, Any], verdict: 
         "SVHN-11k is not the official split, and CIFAR-10 has 30,000 of its 50,000 training images: their columns "
         "are not comparable with the paper's. The paper does not say for how many steps it trains. E-MSA, whose step "
         "is ten minimisations a stage, takes a fifth of the others' steps, vanilla DDP a tenth, both with 3 seeds at "
-        "most. Rows with Kronecker factors run eagerly on the convolutional networks, the others as each data set's line "
+        "most. Rows with Kronecker factors run eagerly on the convolutional networks, all else as each data set's line "
         "says. An empty place was not run."
     )
     cost = [
