@@ -131,12 +131,12 @@ def main() -> int:
 
 
 def summary(record: Record, task: Task, method: Method) -> dict[str, Any] | None:
-    """Mean and deviation over the seeds at the chosen value, or None where there is no training."""
+    """Mean and deviation over the seeds at the chosen value, or None where one of them is missing."""
     task = method.adapted(task)
     best = chosen(record, task, method)
     keys = [key_of(task, method, best, seed, steps=task.steps) for seed in range(task.seeds)]
     cells = [record.cells[k] for k in keys if k in record.cells]
-    if not cells:
+    if len(cells) < task.seeds:
         return None
     values = [c["accuracy"] for c in cells]
     searched = trials(record, task, method, best)
