@@ -202,7 +202,8 @@ MODES = {
         "coupling": "sample", "quu": "preconditioner", "terminal": "gradient", "rollout": "nonlinear", "beta1": 0.9
     },
 }  # fmt: skip
-STATISTICS = ("default", "nonlinear", "kronecker, of values", "eigen-kronecker")  # what differs through batch statistics
+# What differs through batch statistics.
+STATISTICS = ("default", "nonlinear", "kronecker, of values", "eigen-kronecker")
 CASES = [("noise", mode) for mode in MODES] + [("batch norm", mode) for mode in STATISTICS]
 
 
