@@ -298,6 +298,10 @@ class TwinGamma(Gamma):
         """x and h of one use that is a product of both, where they are the cheaper way to K."""
         return self._run(("factors", blocks), lambda: self._traced.factors(blocks))
 
+    def products(self) -> tuple[Tensor, Tensor] | None:
+        """x and h of the one use, in groups."""
+        return self._run("products", self._traced.products)
+
     def product_moments(self, coefficient: Tensor, diagonal: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
         """E[V_h V_h^T] and E[x x^T] of the one use."""
         function = self._traced.product_moments

@@ -63,7 +63,8 @@ class Gamma:
                 x, h = (t.to(accumulate_dtype(t.dtype)) for t in factors)
                 rows, columns = metric.sides
                 return product_gram(columns(x), rows(h), blocks)
-            return gram_matrix(blocks.matrix(metric.whiten(self.columns())))
+            whitened = getattr(metric, "whitened", None)
+            return gram_matrix(blocks.matrix(whitened() if whitened else metric.whiten(self.columns())))
         if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
@@ -80,6 +81,11 @@ class Gamma:
         if not enabled("ghost-grams"):
             return None
         return None if others or entry.argument.op != "placeholder" else entry.rule.factors(entry.argument, blocks)
+
+    def products(self) -> tuple[Tensor, Tensor] | None:
+        """As :meth:`ddpn_fx.passes.rules.Rule.products`, of the one use."""
+        (entry,) = self.entries
+        return entry.rule.products(entry.argument)
 
     def product_moments(self, coefficient: Tensor, diagonal: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
         """As :meth:`ddpn_fx.passes.rules.Rule.product_moments`, of the one use."""

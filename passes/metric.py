@@ -25,7 +25,11 @@ Map = Callable[[Tensor], Tensor]
 
 
 class Metric(Protocol):
-    """M of one parameter of shape M (the tuple)."""
+    """M of one parameter of shape M (the tuple).
+
+    It may also have ``whitened() -> (B, R, any shape)``: ``whiten`` of the columns of its moment's Gamma, where there
+    is a cheaper way than through these.
+    """
 
     def solve(self, direction: Tensor) -> Tensor:
         """M^-1 times a direction: (*M) -> (*M)."""

@@ -197,11 +197,13 @@ MODES = {
     "diagonal": {"preconditioner": "diagonal", "lr": 0.01, "momentum": 0.9},
     "factored": {"preconditioner": "factored", "lr": 0.01},
     "kronecker, of values": {"preconditioner": Kronecker(moments="value"), "lr": 0.01, "coupling": 2},
+    "eigen-kronecker": {"preconditioner": "eigen-kronecker", "lr": 0.01},
     "the paper's": {
         "coupling": "sample", "quu": "preconditioner", "terminal": "gradient", "rollout": "nonlinear", "beta1": 0.9
     },
 }  # fmt: skip
-STATISTICS = ("default", "nonlinear", "kronecker, of values")  # what differs through batch statistics
+# What differs through batch statistics.
+STATISTICS = ("default", "nonlinear", "kronecker, of values", "eigen-kronecker")
 CASES = [("noise", mode) for mode in MODES] + [("batch norm", mode) for mode in STATISTICS]
 
 

@@ -170,6 +170,27 @@ def test_a_metric_costs_one_more_contraction(name):
     assert got == pytest.approx(want, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("batch", [16, 64])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_ekfac_of_dense_layers_turns_factors_and_forms_no_column_for_its_moments(feedback, batch):
+    """Turned are inputs, cotangents and the direction; products of columns are those of K alone."""
+    got, layers = measured("dense", batch, preconditioner="eigen-kronecker", feedback=feedback)
+    want = 0
+    for p in layers:
+        one, squares = p.inputs * p.outputs, p.inputs**2 + p.outputs**2
+        factors = batch * squares + batch * p.outputs**2  # E[x x^T], E[h h^T] and that of the bias
+        turned = batch * squares + 2 * batch * p.outputs**2  # the bias's for its moment and for K
+        solved = 2 * one * (p.inputs + p.outputs) + 2 * p.outputs**2
+        contracted = (2 if feedback else 1) * batch * one
+        plain = batch * one * (1 if p.first else 2)
+        want += 2 * (plain + contracted + factors + turned + batch * one + solved)
+        if feedback:
+            want += 2 * batch**2 * (one + p.outputs)
+        else:
+            want -= 2 * batch * p.outputs**2
+    assert got == pytest.approx(want, rel=TOLERANCE)
+
+
 def test_an_elementwise_metric_forms_the_columns_of_every_weight():
     got, layers = measured("sequence", 16, preconditioner="diagonal")
     assert got == pytest.approx(sum(p.work(16, 1, 1, contractions=2, form=True) for p in layers), rel=TOLERANCE)

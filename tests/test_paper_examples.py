@@ -11,6 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+MODULES = ("arena", "claim", "common", "methods", "record")
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "paper"
 
 
@@ -20,12 +21,12 @@ def command(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
 
     def run(name, *arguments):
-        for module in ("arena", "common", "methods", "record"):
+        for module in MODULES:
             monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path), "--backend", "eager", *arguments])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(FOLDER / name), run_name="__main__")
-        for module in ("arena", "common", "methods", "record"):
+        for module in MODULES:
             sys.modules.pop(module, None)
         return ended.value.code
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddpn_fx
+from ddpn_fx.passes.turned import Turned
 from ddpn_fx.preconditioners import Diagonal, EigenKronecker, Factored, Kronecker
 from tests import oracle
 from tests.harness import close, close_to_scale
@@ -371,6 +372,50 @@ def test_ekfac_of_grouped_convolutions_embeddings_and_positions():
             torch.testing.assert_close(
                 dict(model.named_parameters())[weight], want, rtol=1e-7, atol=1e-9, msg=f"{weight}, step {step}"
             )
+
+
+class Each(nn.Module):
+    """A layer over the positions of a sample, and one behind their mean."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.each = nn.Linear(6, 5) if len(shape) == 2 else nn.Conv2d(4, 6, 3, groups=2)
+        self.head = nn.LazyLinear(4)
+
+    def forward(self, x):
+        h = torch.tanh(self.each(x))
+        return self.head(h.mean(1) if h.dim() == 3 else h.mean((2, 3)))
+
+
+@pytest.mark.parametrize("rank", [1, None])
+@pytest.mark.parametrize(("shape", "turned"), [((1, 6), True), ((2, 6), True), ((40, 6), False), ((4, 6, 6), False)])
+def test_turned_factors_are_turned_columns(shape, turned, rank, monkeypatch):
+    """EKFAC's closed loop with factors in the eigenbases, against columns that are formed and then turned.
+
+    The factors are the cheaper with one position and with few; not with many, as in a convolution.
+    """
+    find, seen, results = Turned.factors.func, set(), []
+    for formed in (False, True):
+
+        def factors(self, formed=formed):
+            found = find(self)
+            if self.site.name == "each.weight":
+                seen.add(found is not None)
+            return None if formed else found
+
+        monkeypatch.setattr(Turned, "factors", property(factors))
+        torch.manual_seed(0)
+        model = Each(shape).double()
+        model(torch.zeros(1, *shape, dtype=torch.float64))
+        x, target = torch.randn(8, *shape, dtype=torch.float64), torch.randint(4, (8,))
+        net = ddpn_fx.compile(model, loss=F.cross_entropy, disable=True)
+        p = EigenKronecker(decay=0.9, damping=0.05, refresh_every=1)
+        opt = ddpn_fx.DDPNOpt(net, lr=0.1, preconditioner=p, rank=rank)
+        for _ in range(3):
+            opt.train_step(x, target)
+        results.append(torch.cat([t.detach().flatten() for t in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    assert seen == {turned}
 
 
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "kronecker"])

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
+from ddpn_fx.passes.turned import Turned, turn_both
 from ddpn_fx.preconditioners.base import Base, Elementwise
 
 
@@ -127,9 +128,16 @@ class EigenKronecker(Base):
             return Elementwise(new["F"] / correction + self.damping), new
         bases = {k: state[k] for k in ("UG", "UA", "UF") if k in state}
         rotation = _Rotation(bases, moment.site)
-        rotated = rotation.into(moment.samples)
-        new["s"] = state["s"] * self.decay + (1 - self.decay) * (rotated * rotated).mean(0)
-        return _Rotated(rotation, new["s"] / correction + self.damping), new
+
+        def scale(square: Tensor) -> Tensor:
+            new["s"] = state["s"] * self.decay + (1 - self.decay) * square
+            return new["s"] / correction + self.damping
+
+        if "UF" in bases:
+            return _Rotated(rotation, scale((rotation.into(moment.samples) ** 2).mean(0))), new
+        turned = Turned(moment.gamma, moment.site, bases.get("UG"), bases.get("UA"), moment.dtype)
+        square = turned.mean_square(moment.coefficient.to(moment.dtype))
+        return _RotatedProduct(rotation, scale(square), turned=turned), new
 
     def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
         """Renew the bases; s is carried over as far as its diagonal goes."""
@@ -211,10 +219,7 @@ class _Dense:
         return torch.cholesky_solve(flat, self.root).reshape(direction.shape)
 
     def whiten(self, columns: Tensor) -> Tensor:
-        flat = columns.to(self.root.dtype).reshape(*columns.shape[:2], -1)
-        return torch.linalg.solve_triangular(self.root.mT, flat.flatten(0, 1), upper=True, left=False).reshape(
-            flat.shape
-        )
+        return _solve_side(self.root, False, columns.to(self.root.dtype).reshape(*columns.shape[:2], -1))
 
 
 @dataclass(frozen=True)
@@ -251,9 +256,23 @@ class _TwoSided:
 
 
 def _solve_side(root: Tensor, diagonal: bool, t: Tensor) -> Tensor:
-    """L^-1 on the last dimension of t: (..., d); with leading dimensions of root, (..., S, n, d)."""
+    """L^-1 on the last dimension of t: (..., d); with leading dimensions of root, (..., S, n, d).
+
+    One solve a group: over more leading dimensions LAPACK would have the root repeated.
+    """
     if diagonal:
         return t / (root if root.dim() == 1 else root[..., None, :])
+    if root.dim() == 2:
+        return _solve_rows(root, t.reshape(-1, t.shape[-1])).reshape(t.shape)
+    grouped = t.movedim(-3, 0)
+    return _solve_rows(root, grouped.reshape(len(root), -1, t.shape[-1])).reshape(grouped.shape).movedim(0, -3)
+
+
+def _solve_rows(root: Tensor, t: Tensor) -> Tensor:
+    """(d, d), (n, d), or a stack of both: t L^-T; for many rows a product with the inverse, which runs faster."""
+    if t.shape[-2] > t.shape[-1]:
+        eye = _eye(root).expand_as(root)
+        return t @ torch.linalg.solve_triangular(root, eye, upper=False).mT
     return torch.linalg.solve_triangular(root.mT, t, upper=True, left=False)
 
 
@@ -272,9 +291,7 @@ class _Rotation:
             basis = self.bases["UF"]
             return t.to(basis.dtype).reshape(*leading, -1) @ basis
         t = t.reshape(*leading, s.groups, s.rows, s.columns)
-        if "UA" in self.bases:
-            t = t.to(self.bases["UA"].dtype) @ self.bases["UA"]
-        return self.bases["UG"].mT @ t.to(self.bases["UG"].dtype) if "UG" in self.bases else t
+        return turn_both(t, self.bases.get("UG"), self.bases.get("UA"))
 
     def out(self, t: Tensor) -> Tensor:
         """The inverse, for one (S, O, I) or (n,), of the parameter's shape."""
@@ -298,3 +315,14 @@ class _Rotated:
 
     def whiten(self, columns: Tensor) -> Tensor:
         return self.rotation.into(columns.to(self.scale.dtype)) * self.scale.rsqrt()
+
+
+@dataclass(frozen=True)
+class _RotatedProduct(_Rotated):
+    """The same of a product of rows and columns, with Gamma in the bases at hand."""
+
+    turned: Turned = field(kw_only=True)
+
+    def whitened(self) -> Tensor:
+        """Gamma's own columns, from factors that are turned already where there are any."""
+        return self.turned.all * self.scale.rsqrt()

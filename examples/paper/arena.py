@@ -112,7 +112,8 @@ class Method:
         only: keys of the tasks it is run on; None: all.
         unit: what the grid's numbers are.
         share: of the others' steps that it takes, for one whose steps are many times as dear.
-        slow: whether a step is dear on images, where a layer's factors are large.
+        slow: whether a step is dear on images, where a layer's factors are large. On convolutional networks it is not
+            compiled: its few large products gain little by that, and to compile them takes minutes.
     """
 
     name: str
@@ -125,7 +126,9 @@ class Method:
     slow: bool = False
 
     def adapted(self, task: Task) -> Task:
-        """The task with fewer steps, and three seeds at most, for a method with a share of the steps."""
+        """The task with fewer steps, and three seeds at most, for a method with a share of the steps; see ``slow``."""
+        if self.slow and task.convolutional:
+            task = replace(task, backend="eager")
         if self.share == 1.0:
             return task
         steps, search_steps = (max(1, round(self.share * n)) for n in (task.steps, task.search_steps))

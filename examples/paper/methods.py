@@ -56,8 +56,6 @@ def vanilla_ddp(arena: Arena, regularization: float) -> TrainStep:
     return VanillaDDP(arena.net, regularization=regularization).train_step
 
 
-FEED_FORWARD = ("digits", "wine", "mnist", "fashion")
-
 BASELINES = [
     Method("SGD", SGD, plain(torch.optim.SGD), SGD[:2]),
     Method("RMSprop", ADAPTIVE, plain(torch.optim.RMSprop), ADAPTIVE[:2]),
@@ -65,12 +63,12 @@ BASELINES = [
     Method("EKFAC", KRONECKER, ddpnopt(preconditioner="eigen-kronecker", feedback=False), KRONECKER[:2], slow=True),
 ]
 OPTIMAL_CONTROL = [
-    Method("E-MSA", RHO, emsa, RHO[1:2], FEED_FORWARD, "rho", share=0.2),
+    Method("E-MSA", RHO, emsa, unit="rho", share=0.2),
     Method("vanilla DDP", DAMPING, vanilla_ddp, only=("digits",), unit="least regularisation", share=0.1),
 ]
 PAPERS_FORM = [
     Method("DDPNOpt, paper's form, identity", SGD, paper(), SGD[:2]),
-    Method("DDPNOpt, paper's form, diagonal", ADAPTIVE, paper(preconditioner="diagonal"), only=FEED_FORWARD),
+    Method("DDPNOpt, paper's form, diagonal", ADAPTIVE, paper(preconditioner="diagonal"), ADAPTIVE[:2]),
     Method(
         "DDPNOpt, paper's form, eigen-kronecker",
         KRONECKER,
@@ -80,7 +78,7 @@ PAPERS_FORM = [
     ),
 ]
 DEFAULT = Method("DDPNOpt", OURS, ddpnopt(), OURS[1:])
-WHOLE_BOUND = Method("DDPNOpt, whole bound", OURS, ddpnopt(rank=None), only=FEED_FORWARD)
+WHOLE_BOUND = Method("DDPNOpt, whole bound", OURS, ddpnopt(rank=None), OURS[1:])
 METRICS = [
     Method("DDPNOpt, diagonal", ADAPTIVE, ddpnopt(preconditioner="diagonal"), ADAPTIVE[:2]),
     Method("DDPNOpt, factored", ADAPTIVE, ddpnopt(preconditioner="factored"), ADAPTIVE[:2]),
@@ -89,7 +87,6 @@ METRICS = [
         KRONECKER,
         ddpnopt(preconditioner="kronecker"),
         KRONECKER[:2],
-        only=FEED_FORWARD,
         slow=True,
     ),
     Method("DDPNOpt, eigen-kronecker", KRONECKER, ddpnopt(preconditioner="eigen-kronecker"), KRONECKER[:2], slow=True),

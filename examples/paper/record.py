@@ -99,10 +99,15 @@ def chosen(record: Record, task: Task, method: Method) -> float:
     """The value of the grid with the best mean validation accuracy in the record; a diverged training counts less."""
 
     def merit(value: float) -> float:
-        keys = (
-            key_of(task, method, value, seed, steps=task.search_steps, search=True) for seed in range(task.search_seeds)
-        )
-        cells = [record.cells[k] for k in keys if k in record.cells]
+        cells = trials(record, task, method, value)
         return fmean(-1.0 if c.get("diverged") else c["accuracy"] for c in cells) if cells else -2.0
 
     return max(method.grid_on(task), key=merit)
+
+
+def trials(record: Record, task: Task, method: Method, value: float) -> list[dict[str, Any]]:
+    """The trainings of the search at one value, measured on the validation split."""
+    keys = (
+        key_of(task, method, value, seed, steps=task.search_steps, search=True) for seed in range(task.search_seeds)
+    )
+    return [record.cells[k] for k in keys if k in record.cells]

@@ -1,10 +1,11 @@
 """Fig. 3: time and memory of a step against the batch size, every method.
 
-The steps of all methods alternate in one process, so that what else the machine does falls on all alike; the table
-shows medians. Memory is what the step adds to its tensors at its peak, from the allocations that torch's profiler
-records: it is exact, and without what Python and torch's libraries hold. Vanilla DDP's matrices do not fit on MNIST's
-network (its Q_uu alone has 25,120^2 numbers), so it is measured on that of DIGITS, as is E-MSA. All run eagerly unless
---backend says otherwise: what is compared is the work, not a compiler. Writes runtime.json, runtime.md, runtime.png.
+The steps of all methods alternate in one process on one thread; the table shows medians of the processor's time, which
+leaves out what else the machine does. Memory is what the step adds to its tensors at its peak, from the allocations
+that torch's profiler records: it is exact, and without what Python and torch's libraries hold. Vanilla DDP's matrices
+do not fit on MNIST's network (its Q_uu alone has 25,120^2 numbers), so it is measured on that of DIGITS, as is E-MSA.
+All run eagerly unless --backend says otherwise: what is compared is the work, not a compiler. Writes runtime.json,
+runtime.md, runtime.png.
 
     python examples/paper/runtime.py --data FOLDER
 """
@@ -12,6 +13,7 @@ network (its Q_uu alone has 25,120^2 numbers), so it is measured on that of DIGI
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -51,8 +53,8 @@ def main() -> int:
                 bar.update()
     parts = [
         "# Fig. 3: a step against the batch size",
-        f"Medians of {tasks[0].steps} (MNIST) and {tasks[1].steps} (DIGITS) interleaved steps, one thread, backend "
-        f"{tasks[0].backend}. MiB: the peak of the tensors that a step allocates.",
+        f"Medians of {tasks[0].steps} (MNIST) and {tasks[1].steps} (DIGITS) interleaved steps, processor time on one "
+        f"thread, backend {tasks[0].backend}. MiB: the peak of the tensors that a step allocates.",
     ]
     found: dict[str, dict[int, Any]] = {}
     for task, (_, batches) in zip(tasks, SETTINGS, strict=True):
@@ -87,7 +89,7 @@ def measure(arenas: Arenas, task: Task, size: int) -> dict[str, Any]:
     batches = list(arena.data.batches(size, 4))
     small = {m.name: min(m.grid) if m.unit == "step size" else max(m.grid) for m in METHODS}  # weights hardly move
     steps = {m.name: m.make(arena, small[m.name]) for m in METHODS if m.only is None or task.key in m.only}
-    seconds = interleaved(steps, batches, task.steps, WARM)
+    seconds = interleaved(steps, batches, task.steps, WARM, clock=time.process_time)
     found = {}
     for name, times in seconds.items():
         arena.model.zero_grad()  # gradients are the step's own

@@ -135,6 +135,10 @@ class Rule:
         """
         raise NotImplementedError
 
+    def products(self, argument: fx.Node) -> tuple[Tensor, Tensor] | None:
+        """x (B, S, P, I) and h (B, R, S, P, O) of an argument with :meth:`product_groups`; None where x is an index."""
+        return None
+
     def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """x (B, P, I) and h (B, R, P, O) of an argument's products; None where its columns are the cheaper way to K."""
         return None

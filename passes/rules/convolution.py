@@ -170,12 +170,17 @@ class Convolution(Rule):
         """The weight's columns are outer products in each group."""
         return _groups(node) if argument is node.args[1] else 0
 
+    def products(self, argument: fx.Node) -> tuple[Tensor, Tensor] | None:
+        """Patches and cotangents."""
+        return self.patches.mT, self.h.mT
+
     def product_moments(
         self, argument: fx.Node, coefficient: Tensor, diagonal: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
         """Of cotangents and patches, group by group."""
-        x = self.patches.to(coefficient.dtype).permute(1, 0, 3, 2).flatten(1, 2)
-        h = torch.einsum("br,brsol->sblo", coefficient, self.h.to(coefficient.dtype)).flatten(1, 2)
+        # With the positions last, as they lie: to turn them in memory takes as long as half of the product.
+        x = self.patches.to(coefficient.dtype).permute(1, 2, 0, 3).flatten(2).mT
+        h = torch.einsum("br,brsol->sobl", coefficient, self.h.to(coefficient.dtype)).flatten(2).mT
         return second_moment(h, diagonal[0]) / self.batch, second_moment(x, diagonal[1]) / x.shape[1]
 
     def factors(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:

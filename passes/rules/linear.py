@@ -67,6 +67,10 @@ class Linear(Rule):
         """The weight's columns are outer products."""
         return int(argument is node.args[1])
 
+    def products(self, argument: fx.Node) -> tuple[Tensor, Tensor] | None:
+        """Inputs and cotangents, of one group."""
+        return self.x[:, None], self.h[:, :, None]
+
     def product_moments(
         self, argument: fx.Node, coefficient: Tensor, diagonal: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
