@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.func import functional_call, grad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import ddpn_fx
 from ddpn_fx.exporting import dot, write_graphs
 from ddpn_fx.exporting.drawing import Box, Drawing, chain_drawing, graph_drawing
 from ddpn_fx.exporting.files import file_stems
@@ -535,3 +536,15 @@ def test_argument_errors(tmp_path):
         write_graphs({"g": tiny()}, tmp_path, example_inputs={"g": []})
     with pytest.raises(RuntimeError, match="graph 'g' fails on its example inputs"):
         write_graphs({"g": tiny()}, tmp_path, example_inputs={"g": ["text"]})
+
+
+def test_a_graph_with_an_operator_of_ours_runs_alone(tmp_path):
+    model = nn.Sequential(nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(16), nn.Flatten(), nn.Linear(64, 10))
+    opt = ddpn_fx.DDPNOpt(ddpn_fx.compile(model, loss=F.cross_entropy, backend="eager"), lr=0.01)
+    opt.train_step(torch.randn(3, 8, 16, 16), torch.randint(10, (3,)))
+    ddpn_fx.export(opt, tmp_path)
+    assert "conv2d_weight_columns" in (tmp_path / "step.py").read_text(encoding="utf-8")
+    ran = subprocess.run(
+        [sys.executable, str(tmp_path / "step.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr

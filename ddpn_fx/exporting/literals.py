@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ddpn_fx.exporting.runtime import same
+from ddpn_fx.passes import operators
 from ddpn_fx.passes.custom_function import CustomFunction
 
 INLINE_LIMIT = 64
@@ -93,7 +94,8 @@ def callable_source(target: Callable[..., Any]) -> Reference | None:
         namespace, _, rest = str(target).partition(".")
         if namespace == "aten":
             return Reference(f"aten.{rest}", "")
-        return Reference(f"torch.ops.{namespace}.{rest}", namespace if namespace in sys.modules else "")
+        home = operators.__name__ if namespace == "ddpn_fx" else namespace
+        return Reference(f"torch.ops.{namespace}.{rest}", home if home in sys.modules else "")
     if isinstance(target, CustomFunction):
         function = target.function
         found = not target.fixed and _lookup(function.__module__, function.__qualname__) is function

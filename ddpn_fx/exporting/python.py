@@ -308,4 +308,4 @@ def _docstring(name: str, graph_module: fx.GraphModule, about: str, has_data: bo
 
 def _foreign_namespaces(nodes: Iterable[fx.Node]) -> list[str]:
     overloads = [node.target for node in nodes if isinstance(node.target, torch._ops.OpOverload)]
-    return sorted({target.namespace for target in overloads} - {"aten", "prims", "prim"})
+    return sorted({target.namespace for target in overloads} - {"aten", "prims", "prim", "ddpn_fx"})

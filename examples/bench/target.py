@@ -57,7 +57,7 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 
 
-SKIPPED_WHERE_DEAR = ("lr 0.3", "lr 10", "diagonal, beta1 0.9, lr 0.01")
+TRIED_WHERE_DEAR = (DEFAULT, "lr 3")
 TUNED = "DDPNOpt, tuned"
 Chosen = dict[str, tuple[str, float]]  # row -> the method and value that were chosen for it
 
@@ -150,7 +150,7 @@ class Bench:
             chosen[name] = name, max(values, key=lambda v, name=name: self._choice(name, v))
         settings = [s for s in SETTINGS if s != GROUPS or self.task.batch > 64]
         if self.task.dear:
-            settings = [s for s in settings if s not in SKIPPED_WHERE_DEAR]
+            settings = [s for s in settings if s in TRIED_WHERE_DEAR]
         tuned = max(settings, key=lambda s: self._choice(s, SETTINGS[s][0]))
         chosen |= {DEFAULT: (DEFAULT, SETTINGS[DEFAULT][0]), TUNED: (tuned, SETTINGS[tuned][0])}
         if GROUPS in settings:
