@@ -44,6 +44,8 @@ CATALOGUE = (
           "rule of their own."),
     Entry("stage", "Cuts the graph into a chain of stages with states and controls.",
           "without stages there is no control problem"),
+    Entry("channels-last", "On a CPU, gives convolutions their images with the channels last, a layout that all later "
+          "activations take over."),
     Entry("simulate", "Runs the chain: the nominal trajectory and the loss.", "it is a part of the step"),
     Entry("backward", "Pulls the terminal factor back and solves for the policies.",
           "it is a part of the step; DDPNOpt(feedback=False) keeps the loop open"),

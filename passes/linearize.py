@@ -104,8 +104,23 @@ def call(node: fx.Node, lookup: Callable[[fx.Node], Any]) -> Any:
     return node.target(*fx.node.map_arg(node.args, lookup), **fx.node.map_arg(node.kwargs, lookup))
 
 
-def context(chain: Chain, buffers: Mapping[str, Tensor], leaves: list[Any], params: Mapping[str, Tensor]) -> Env:
-    """Values of every context node: data, constants, sizes, masks, frozen parameters."""
+def context(
+    chain: Chain,
+    buffers: Mapping[str, Tensor],
+    leaves: list[Any],
+    params: Mapping[str, Tensor],
+    *,
+    channels_last: bool = False,
+) -> Env:
+    """Values of every context node: data, constants, sizes, masks, frozen parameters.
+
+    Args:
+        chain: the chain.
+        buffers: buffers by name.
+        leaves: the batch's leaves.
+        params: parameters by name.
+        channels_last: lay images that a convolution reads out with their channels last, on a CPU.
+    """
     env: Env = {}
     values = placeholder_values(chain.captured, params, buffers, leaves)
     images = {n.args[0] for n in chain.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)}
@@ -119,13 +134,16 @@ def context(chain: Chain, buffers: Mapping[str, Tensor], leaves: list[Any], para
         else:
             with origin(label(node, None, "context")):
                 env[node] = call(node, env.__getitem__)
-        if node in images:
+        if channels_last and node in images:
             env[node] = _channels_last(env[node])
     return env
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """A CPU's convolutions are faster with their channels last, and so is what follows: the layout is handed on."""
+    """A CPU's convolutions are faster with their channels last, and so is what follows: the layout is handed on.
+
+    For one column alone: torch has no ``vmap`` of some backwards in that layout.
+    """
     if images.device.type != "cpu" or images.dim() != 4:
         return images
     return images.contiguous(memory_format=torch.channels_last)
@@ -267,12 +285,25 @@ def pullback(
             if node not in tape.pulls:
                 continue
             sources, pull = tape.pulls[node]
-            grads = torch.func.vmap(pull)(*hs) if columns > 1 else tuple(g[None] for g in pull(*[h[0] for h in hs]))
+            grads = _pulled_columns(pull, hs)
             for source, grad in zip(sources, grads, strict=True):
                 if not passes(source):
                     continue
                 cotangents[source] = cotangents[source] + grad if source in cotangents else grad
     return taps
+
+
+def _pulled_columns(pull: Callable[..., tuple[Tensor, ...]], hs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A pullback of cotangents with a leading dimension of columns."""
+    columns = len(hs[0])
+    if columns > 1:
+        try:
+            return torch.func.vmap(pull)(*hs)
+        except RuntimeError as error:  # of values with their channels last, by some operators' backwards
+            if "is_contiguous inside of vmap" not in str(error):
+                raise
+    each = [pull(*[h[c] for h in hs]) for c in range(columns)]
+    return tuple(torch.stack(gs) if columns > 1 else gs[0][None] for gs in zip(*each, strict=True))
 
 
 def rules(

@@ -105,6 +105,11 @@ class Mode:
     off: tuple[str, ...] = ()
 
     @property
+    def one_column(self) -> bool:
+        """Whether a single cotangent a sample is pulled back, without ``vmap``."""
+        return not self.feedback or self.terminal.single_column
+
+    @property
     def buffer(self) -> str:
         """torch.optim's name of the average of directions that is kept."""
         return "exp_avg" if self.average else "momentum_buffer"

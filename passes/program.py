@@ -69,7 +69,7 @@ class Program:
         The latter where several columns are pulled back: attention's fused backward cannot be batched.
         """
         with without(self.mode.off):
-            if not self.mode.feedback or self.mode.terminal.single_column:
+            if self.mode.one_column:
                 yield
                 return
             with sdpa_kernel(SDPBackend.MATH):

@@ -58,7 +58,7 @@ def simulate(
         leaves: the batch's leaves.
         given: values of states, noise and statistics: each stage is then linearised around its given state.
     """
-    env = context(chain, buffers, list(leaves), params)
+    env = context(chain, buffers, list(leaves), params, channels_last=mode.one_column and enabled("channels-last"))
     if given is not None:
         env.update({n: v for n, v in given.items() if chain.kinds[n] is not Kind.CHAIN})
     trajectory = Trajectory(env, [], Parameters(chain, params, env))

@@ -143,7 +143,7 @@ def test_under_autocast_the_recursion_is_in_float32(name):
     assert all(n.args[1].meta["val"].dtype == torch.float32 for n in writes)
 
 
-@pytest.mark.parametrize("name", ["default", "nonlinear", "diagonal", "kronecker", "open"])
+@pytest.mark.parametrize("name", ["default", "nonlinear", "diagonal", "kronecker", "open", "full"])
 def test_channels_last_is_kept_and_changes_nothing(name):
     twin = traced({})[0]
     model = copy.deepcopy(twin)
