@@ -133,7 +133,7 @@ def test_true_is_the_default_also_for_a_pass_that_is_needed(whole):
     ("passes", "error", "match"),
     [
         ({"fusee": False}, ValueError, r"passes=\{'fusee': False\}: there is no pass 'fusee'; did you mean 'fuse'\?"),
-        ({"nonsense": True}, ValueError, r"there is no pass 'nonsense'; optional are linear-products, channels-last, fold, "),
+        ({"nonsense": True}, ValueError, r"there is no pass 'nonsense'; optional are linear-products, channels-last, "),
         ({3: False}, ValueError, "there is no pass 3; optional are"),
         ({"capture": False}, ValueError, "'capture' cannot be switched off: every other pass reads its graph; opt"),
         ({"lower": False}, ValueError, r'compile\(backend="eager"\) runs the graph as it is; optional are'),
