@@ -35,7 +35,6 @@ class Product:
     outputs: int
     positions: int = 1
     first: bool = False
-    padding: float = 1.0  # of the positions in per-sample products
 
     def work(self, batch: int, columns: int, forwards: int, *, contractions: int = 1, form: bool = False) -> int:
         """FLOPs of a layer in a step: forward passes, cotangents, its Gram, its contractions."""
@@ -46,7 +45,7 @@ class Product:
         if self.positions == 1 and not form:
             total += gram(batch) * self.inputs + gram(n) * self.outputs + contractions * whole
         else:
-            total += round(self.padding * columns * whole) + gram(n) * one + contractions * n * one
+            total += columns * whole + gram(n) * one + contractions * n * one
         return 2 * total
 
 
@@ -56,7 +55,7 @@ def convolutions() -> tuple[nn.Module, list[Product]]:
         nn.Conv2d(3, 16, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),  # its products are by shifts, over rows of 8 + 2
+        nn.Conv2d(16, 32, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
@@ -66,16 +65,10 @@ def convolutions() -> tuple[nn.Module, list[Product]]:
     )
     return model, [
         Product(27, 16, 256, first=True),
-        Product(144, 32, 64, padding=10 / 8),
+        Product(144, 32, 64),
         Product(512, 64),
         Product(64, 10),
     ]
-
-
-def images() -> tuple[nn.Module, list[Product]]:
-    """A convolution whose samples are large enough for the operator, and a dense layer."""
-    model = nn.Sequential(nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(16), nn.Flatten(), nn.Linear(64, 10))
-    return model, [Product(72, 64, 256, first=True), Product(64, 10)]
 
 
 class Sequence(nn.Module):
@@ -103,7 +96,6 @@ def sequence() -> tuple[nn.Module, list[Product]]:
 MODELS = {
     "dense": (dense, (200,)),
     "convolutions": (convolutions, (3, 16, 16)),
-    "images": (images, (8, 16, 16)),
     "sequence": (sequence, (32, 24)),
 }
 

@@ -21,10 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from ddpn_fx.passes import Chain, build_chain
+from ddpn_fx.passes import Chain, build_chain, operators
 from ddpn_fx.passes.linearize import Parameters, Tape, context, forward, pullback, rules
 from ddpn_fx.passes.objective import placeholder_values
-from ddpn_fx.passes.operators import conv2d_weight_columns
 from ddpn_fx.passes.rules import RULES, Blocks, Rule, rule_by_name
 from ddpn_fx.passes.rules import base as rules_base
 from ddpn_fx.passes.rules import convolution as rules_convolution
@@ -754,61 +753,44 @@ def test_both_branches_of_the_cost_model_are_equal(columns, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [1, 3])
-@pytest.mark.parametrize(
-    ("way", "least", "served", "not_served"),
-    [
-        (
-            "_shifts",
-            ("_LEAST_CHANNELS", "_LEAST_WIDTH"),
-            {"conv", "conv-padding", "conv-dilation", "conv-few-positions"},
-            {"conv-stride", "conv-all", "conv-depthwise", "conv-1x1"},
-        ),
-        (
-            "_operator",
-            ("_LEAST_POSITIONS", "_LEAST_PRODUCTS"),
-            {"conv", "conv-padding", "conv-dilation", "conv-stride", "conv-all", "conv-depthwise"},
-            {"conv-1x1"},
-        ),
-    ],
-    ids=["shifts", "operator"],
-)
-def test_every_way_to_a_convolutions_columns_is_that_with_patches(way, least, served, not_served, columns, monkeypatch):
-    """Merged rows keep their patches, and with shifts strides and groups do; all others may do without."""
-    found = set()
+def test_the_operators_columns_are_those_with_patches(columns, monkeypatch):
+    """Groups, kernels of one place and merged rows keep their patches."""
+    served = set()
     for layer in (one for one in COSTED if one.rules == ("convolution",)):
         at = linearize(layer, 5, columns)
         omega = torch.randn(5, columns, dtype=torch.float64)
-        want = [(r.dense(a), r.contract_columns(a, omega)) for u, r in at.fresh() for a in u.arguments]
-        for name in least:
-            monkeypatch.setattr(rules_convolution, name, 1)
         got = [
-            (r.dense(a), r.contract_columns(a, omega), r._is_weight(a) and getattr(r, way))
+            (r.dense(a), r.contract_columns(a, omega), r._is_weight(a) and r._operator)
             for u, r in at.fresh()
             for a in u.arguments
         ]
+        monkeypatch.setattr(rules_convolution.Convolution, "_operator", False)
+        want = [(r.dense(a), r.contract_columns(a, omega)) for u, r in at.fresh() for a in u.arguments]
         monkeypatch.undo()
-        if any(by_this_way for *_, by_this_way in got):
-            found.add(layer.name)
+        if any(by_operator for *_, by_operator in got):
+            served.add(layer.name)
         for (*fast, _), slow in zip(got, want, strict=True):
             for mine, theirs in zip(fast, slow, strict=True):
                 close(mine, theirs, layer.name)
-    assert served <= found
-    assert not not_served & found
+    assert {"conv", "conv-padding", "conv-dilation", "conv-stride", "conv-few-positions"} <= served
+    assert not {"conv-all", "conv-depthwise", "conv-1x1"} & served
 
 
-def test_the_operators_columns_add_up_to_the_weights_gradient():
-    """Samples below and above the size at which ATen changes its kernel, in either layout."""
-    for size in (6, 40):
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(9, 16, size, size).contiguous(memory_format=memory_format)
-            weight = torch.randn(8, 16, 3, 3, requires_grad=True)
-            out = torch.nn.functional.conv2d(x, weight, padding=1)
-            h = torch.randn_like(out)
-            columns = conv2d_weight_columns(h, x, [16, 3, 3], [1, 1], [1, 1], [1, 1], 1)
-            (want,) = torch.autograd.grad(out, weight, h)
-            torch.testing.assert_close(columns.sum(0).permute(0, 3, 1, 2), want, rtol=1e-4, atol=1e-3)
-            alone = conv2d_weight_columns(h[3:4], x[3:4], [16, 3, 3], [1, 1], [1, 1], [1, 1], 1)
-            torch.testing.assert_close(columns[3:4], alone, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("at_a_time", [1, 2000, 1 << 19])
+def test_the_operators_columns_add_up_to_the_weights_gradient(at_a_time, monkeypatch):
+    """However many samples are taken at a time, in either layout."""
+    monkeypatch.setitem(operators._AT_A_TIME, "cpu", at_a_time)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(9, 3, 8, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
+        weight = torch.randn(4, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+        options = [2, 1], [2, 1], [1, 2]
+        out = torch.nn.functional.conv2d(x, weight, None, *options)
+        h = torch.randn_like(out)
+        columns = operators.conv2d_weight_columns(h, x, [3, 2], *options)
+        (want,) = torch.autograd.grad(out, weight, h)
+        close(columns.sum(0).permute(0, 3, 1, 2), want, "the sum over samples")
+        alone = operators.conv2d_weight_columns(h[3:4], x[3:4], [3, 2], *options)
+        close(columns[3:4], alone, "a sample alone")
 
 
 @pytest.mark.parametrize("columns", [1, 3])

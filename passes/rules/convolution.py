@@ -1,4 +1,4 @@
-"""Two-dimensional convolutions: per-sample gradients by one operator, or by products with patches or shifted inputs.
+"""Two-dimensional convolutions: per-sample gradients by one operator, or by products with patches.
 
 Shapes: B batch, R columns, S groups, L output positions, I inputs of a group times the kernel, O
 outputs of a group. With more positions than weights, the per-sample gradients are the cheaper way
@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ddpn_fx.passes.errors import StagingError
@@ -31,13 +30,6 @@ from ddpn_fx.passes.rules.base import (
 )
 
 aten = torch.ops.aten
-
-# Least channels and width of the output for products by shifts: below, patches are small, or the padding weighs.
-_LEAST_CHANNELS = 16
-_LEAST_WIDTH = 8
-# Least positions and products of a sample for the operator, whose kernel is called once a sample.
-_LEAST_POSITIONS = 128
-_LEAST_PRODUCTS = 1 << 19
 
 
 class Convolution(Rule):
@@ -96,74 +88,28 @@ class Convolution(Rule):
             return self.h.sum(-1).flatten(2)
         if self._operator:
             return self._by_the_operator(argument)
-        if self._shifts:
-            return self._shifted_products(argument)
         products = self.h @ self.patches[:, None].mT  # (B, R, S, O, I)
         return products.reshape(*products.shape[:2], *self.values[argument].shape)
 
     @property
     def _operator(self) -> bool:
-        """Whether a kernel call for each sample is faster than batched products: large samples on a CPU."""
-        outputs, *weight = self.values[cast(fx.Node, self.node.args[1])].shape
-        places = math.prod(self.cotangent.shape[3:])
-        return (
-            self.cotangent.device.type == "cpu"
-            and self._rows == Layout(0)
-            and weight[1:] != [1, 1]
-            and places >= _LEAST_POSITIONS
-            and self.columns * places * outputs * math.prod(weight) >= _LEAST_PRODUCTS
-        )
+        """Whether the operator serves: without groups, a row for each sample, and patches that must be made."""
+        kernel = self.values[cast(fx.Node, self.node.args[1])].shape[2:]
+        return self._rows == Layout(0) and self.groups == 1 and math.prod(kernel) > 1
 
     def _by_the_operator(self, argument: fx.Node) -> Tensor:
-        """(B, R, O, kh, kw, C): columns are further outputs of their group."""
+        """(B, R, O, kh, kw, C): columns are further outputs."""
         source = self.values[cast(fx.Node, self.node.args[0])]
-        groups, kernel = self.groups, self.values[argument].shape[1:]
-        h = self.cotangent.unflatten(2, (groups, -1)).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
-        options = self._option(3, 1), self._option(4, 0), self._option(5, 1), groups
-        found = conv2d_weight_columns(h, source, list(kernel), *options)
-        return found.unflatten(1, (groups, self.columns, -1)).transpose(1, 2).flatten(2, 3)
+        h = self.cotangent.transpose(0, 1).flatten(1, 2)
+        kernel = list(self.values[argument].shape[2:])
+        found = conv2d_weight_columns(h, source, kernel, self._option(3, 1), self._option(4, 0), self._option(5, 1))
+        return found.unflatten(1, (self.columns, -1))
 
     def element_order(self, argument: fx.Node) -> Sequence[int]:
-        """With the operator the inputs' channels are last, by shifts the kernel's places first."""
-        if self._is_weight(argument):
-            if self._operator:
-                return (0, 2, 3, 1)
-            if self._shifts:
-                return (2, 3, 0, 1)
+        """With the operator the inputs' channels are last."""
+        if self._is_weight(argument) and self._operator:
+            return (0, 2, 3, 1)
         return super().element_order(argument)
-
-    @property
-    def _shifts(self) -> bool:
-        """Whether a product for each place of the kernel, on the input as it is, is faster than one with its patches.
-
-        Patches are the input times the kernel's size: to write and read them takes longer than their product. Without
-        strides the input at a place of the kernel is the same rows further on, once cotangents have its row length.
-        """
-        channels, *kernel = self.values[cast(fx.Node, self.node.args[1])].shape[1:]
-        return (
-            self._rows == Layout(0)
-            and self.groups == 1
-            and self._option(3, 1) == [1, 1]
-            and kernel != [1, 1]
-            and channels >= _LEAST_CHANNELS
-            and self.cotangent.shape[-1] >= _LEAST_WIDTH
-        )
-
-    def _shifted_products(self, argument: fx.Node) -> Tensor:
-        """(B, R, kh, kw, O, C), from B x R O x C products over Ho rows of the padded width."""
-        source = self.values[cast(fx.Node, self.node.args[0])]
-        outputs, channels, *kernel = self.values[argument].shape
-        (ph, pw), (dh, dw) = self._option(4, 0), self._option(5, 1)
-        width = source.shape[3] + 2 * pw
-        height, own = self.cotangent.shape[3:]
-        # One more row below: the last places reach a little past the padded input, where the cotangent is zero.
-        x = F.pad(source.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph + 1)).flatten(1, 2)  # (B, rows, C)
-        h = F.pad(self.cotangent.movedim(2, -1), (0, 0, 0, width - own))  # (R, B, Ho, padded width, O)
-        h = h.flatten(2, 3).mT.movedim(0, 1).flatten(1, 2)  # (B, R O, rows)
-        starts = [i * dh * width + j * dw for i in range(kernel[0]) for j in range(kernel[1])]
-        products = torch.stack([h @ x[:, s : s + height * width] for s in starts], 1)  # (B, places, R O, C)
-        products = products.reshape(self.batch, *kernel, self.columns, outputs, channels)
-        return products.movedim(3, 1)
 
     @classmethod
     def product_groups(cls, node: fx.Node, argument: fx.Node) -> int:
