@@ -16,12 +16,25 @@ from ddpn_fx.passes.metric import Metric, Moment, Preconditioner, Site
 from ddpn_fx.preconditioners.base import MOMENTS
 from ddpn_fx.preconditioners.elementwise import Diagonal, Factored
 from ddpn_fx.preconditioners.kronecker import EigenKronecker, Kronecker
+from ddpn_fx.preconditioners.rotated import EigenFactored
 
-__all__ = ["Diagonal", "EigenKronecker", "Factored", "Kronecker", "Metric", "Moment", "Preconditioner", "Site", "make"]
+__all__ = [
+    "Diagonal",
+    "EigenFactored",
+    "EigenKronecker",
+    "Factored",
+    "Kronecker",
+    "Metric",
+    "Moment",
+    "Preconditioner",
+    "Site",
+    "make",
+]
 
 NAMED: dict[str, type[Any]] = {
     "diagonal": Diagonal,
     "factored": Factored,
+    "eigen-factored": EigenFactored,
     "kronecker": Kronecker,
     "eigen-kronecker": EigenKronecker,
 }

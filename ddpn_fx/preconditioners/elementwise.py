@@ -89,22 +89,27 @@ class Factored(Base):
     def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
         """Moments of the batch at hand included."""
         d = moment.direction.to(moment.dtype)
-        square = d * d
-        correction = 1 - self.decay**moment.step if self.bias_correction else 1.0
-
-        def average(slot: str, fresh: Tensor) -> Tensor:
-            new[slot] = state[slot] * self.decay + (1 - self.decay) * fresh
-            return new[slot] / correction
-
-        new: dict[str, Tensor] = {}
         if d.dim() < 2:
-            v = average("square_avg", square)
-            return Elementwise((v + self._floor(v)).sqrt()), new
-        square = square.flatten(1)
-        row, column = average("row", square.mean(1)), average("column", square.mean(0))
+            v, square = self._average(d * d, state["square_avg"], moment.step)
+            return Elementwise((v + self._floor(v)).sqrt()), {"square_avg": square}
+        rows, columns, new = self.factors(d.flatten(1), state, moment.step)
+        return _Outer(rows, columns), new
+
+    def factors(
+        self, d: Tensor, state: Mapping[str, Tensor], step: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The diagonals of M's two sides, (O,) and (I,), and the new moments; d: (O, I)."""
+        square = d * d
+        row, new_row = self._average(square.mean(1), state["row"], step)
+        column, new_column = self._average(square.mean(0), state["column"], step)
         floor = self._floor(row)
-        mean = row.mean() + floor
-        return _Outer(((row + floor) / mean).sqrt(), (column + floor).sqrt()), new
+        rows = ((row + floor) / (row.mean() + floor)).sqrt()
+        return rows, (column + floor).sqrt(), {"row": new_row, "column": new_column}
+
+    def _average(self, fresh: Tensor, old: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The moving average with a batch's, corrected for its start, and as it is kept."""
+        new = old * self.decay + (1 - self.decay) * fresh
+        return (new / (1 - self.decay**step) if self.bias_correction else new), new
 
     def _floor(self, v: Tensor) -> Tensor:
         return self.relative_eps**2 * v.mean() + self.eps**2
