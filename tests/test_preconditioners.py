@@ -119,7 +119,7 @@ class DenseEigenKronecker(DenseKronecker):
 
 
 class DenseEigenFactored(DenseFactored):
-    """The factored metric of U^T d, turned back; bases change as those of EKFAC.
+    """The factored metric of d turned along its first two dimensions, turned back; the bases change as those of EKFAC.
 
     Few samples leave a null space, whose basis is anyone's: once checked, the program's own is taken.
     """
@@ -129,31 +129,32 @@ class DenseEigenFactored(DenseFactored):
     def __call__(self, name, u, G, c):
         if u.dim() < 2:
             return super().__call__(name, u, G, c)
-        d = ((c @ G).reshape(u.shape) + self.weight_decay * u).reshape(u.shape[0], -1)
+        d = ((c @ G).reshape(u.shape) + self.weight_decay * u).reshape(*u.shape[:2], -1)
         beta = self.p.basis_decay
-        for side, outer in (("L", d @ d.T), ("R", d.T @ d)):
-            self.kept[name + side] = beta * self.kept.get(name + side, 0.0) + (1 - beta) * outer
-        L, R = self.bases.setdefault(name, (eye(d.shape[0]), eye(d.shape[1])))
-        square = (L.T @ d @ R) ** 2
-        row, column = self.average(name + "r", square.mean(1)), self.average(name + "c", square.mean(0))
+        for k, outer in enumerate((torch.einsum("ocs,pcs->op", d, d), torch.einsum("ocs,ods->cd", d, d))):
+            self.kept[f"{name}{k}"] = beta * self.kept.get(f"{name}{k}", 0.0) + (1 - beta) * outer
+        first, second = self.bases.setdefault(name, (eye(d.shape[0]), eye(d.shape[1])))
+        square = torch.einsum("ocs,op,cd->pds", d, first, second) ** 2
+        row, column = self.average(name + "r", square.mean((1, 2))), self.average(name + "c", square.mean(0))
         floor = self.p.relative_eps**2 * row.mean() + self.p.eps**2
-        m = (torch.outer(row + floor, column + floor) / (row.mean() + floor)).sqrt().flatten().diag()
+        m = (torch.einsum("o,cs->ocs", row + floor, column + floor) / (row.mean() + floor)).sqrt().flatten().diag()
         if self.step == 1 or self.step % self.p.refresh_every == 0:
-            self.renewed.append((name, (L, R)))
-        U = torch.kron(L, R)
+            self.renewed.append((name, (first, second)))
+        U = torch.kron(torch.kron(first, second), eye(d.shape[2]))
         return U @ m @ U.T
 
     def adopt(self, state):
-        """Take the program's new bases; state: parameter name -> slots."""
         for name, old in self.renewed:
-            fresh = [state[name]["U" + side].clone() for side in "LR"]
-            for side, basis in zip("LR", fresh, strict=True):
-                factor = self.kept[name + side]
+            own = eye(len(old[0])), eye(len(old[1]))
+            fresh = [state[name].get(f"basis{k}", own[k]).clone() for k in (0, 1)]
+            for k, basis in enumerate(fresh):
+                factor = self.kept[f"{name}{k}"]
                 turned = basis.T @ factor @ basis
                 torch.testing.assert_close(basis.T @ basis, eye(len(basis)), rtol=0, atol=1e-12)
-                torch.testing.assert_close(turned, turned.diag().diag(), rtol=0, atol=1e-12 * float(factor.norm()))
-            for moment, new, before in zip("rc", fresh, old, strict=True):
-                self.kept[name + moment] = (new.T @ before) ** 2 @ self.kept[name + moment]
+                if f"basis{k}" in state[name]:
+                    torch.testing.assert_close(turned, turned.diag().diag(), rtol=0, atol=1e-12 * float(factor.norm()))
+            self.kept[name + "r"] = (fresh[0].T @ old[0]) ** 2 @ self.kept[name + "r"]
+            self.kept[name + "c"] = (fresh[1].T @ old[1]) ** 2 @ self.kept[name + "c"]
             self.bases[name] = tuple(fresh)
         self.renewed = []
 

@@ -1,13 +1,17 @@
 """Adafactor's metric in the coordinates in which a weight's gradient is decorrelated: the bases are Shampoo's.
 
-A weight's direction D of O rows and I columns has the second moments E[D D^T] and E[D^T D]. In their eigenbases U_L and
-U_R the elements of D are next to uncorrelated, so that a diagonal metric there says more than one in the coordinates
-that the user happens to have: this is SOAP (Vyas et al. 2024), Adam in the bases of Shampoo (Gupta et al. 2018). Here
-the second moments of ``U_L^T D U_R`` are those of its rows times those of its columns. So M is a product of two sides,
-and K_t of a linear layer is one of two small Grams, of its inputs and cotangents turned and scaled: what the closed
-loop costs over the identity is one small product for either.
+A weight's direction D has a second moment along either of its first two dimensions, ``E[D D^T]`` of its unfoldings: for
+a linear layer E[D D^T] and E[D^T D]. In their eigenbases the elements of D are next to uncorrelated, so that a diagonal
+metric there says more than one in the coordinates that the user happens to have: this is SOAP (Vyas et al. 2024), Adam
+in the bases of Shampoo (Gupta et al. 2018). Here the second moments of the turned D are those of its rows times those
+of its columns. So M is a product of two sides, and K_t of a linear layer is one of two small Grams, of its inputs and
+cotangents turned and scaled: what the closed loop costs over the identity is one small product for either.
 
-Nothing but D is needed. So any weight of two dimensions or more has it, whichever operators use it and how often.
+Nothing but D is needed. So any weight of two dimensions or more has it, whichever operators use it and how often. A
+convolution's positions in the kernel keep their coordinates: its columns would have to be turned by a basis of all of
+its inputs, channels times positions, which costs more than their Gram and was no better.
+
+Shapes: O and C the first two dimensions of the weight, S the others' elements (1 of a linear layer), I = C S.
 """
 
 from __future__ import annotations
@@ -24,17 +28,17 @@ from ddpn_fx.preconditioners.elementwise import Factored
 
 @dataclass(frozen=True)
 class EigenFactored(Factored):
-    """M = U sqrt(r c^T / mean(r)) U^T: :class:`Factored` in the eigenbases of the averages of D D^T and D^T D.
+    """M = U sqrt(r c^T / mean(r)) U^T: :class:`Factored` in the eigenbases of the direction's second moments.
 
-    U = U_L (x) U_R; r and c are the row and column means of the moving average of ``(U_L^T D U_R)^2``, D being d as a
-    matrix, its first dimension against the others. Bases are renewed after the first step and after every
-    ``refresh_every`` steps, outside the compiled step; until then they are the identity. A parameter of one dimension
-    is as :class:`Factored`'s.
+    U = U_0 (x) U_1: the bases of the first two dimensions; r and c are the row and column means of the moving average
+    of the squares of d turned by them, its first dimension against the others. Bases are renewed after the first step
+    and after every ``refresh_every`` steps, outside the compiled step; until then they are the identity. A parameter of
+    one dimension is as :class:`Factored`'s.
 
     Args:
-        basis_decay: of the moving averages of D D^T and D^T D.
+        basis_decay: of the moving averages that the bases diagonalise.
         refresh_every: steps between two eigendecompositions.
-        max_size: largest side with a basis; a larger one, and an embedding's side of indices, keeps its coordinates.
+        max_size: largest dimension with a basis; a larger one, and an embedding's indices, keep their coordinates.
         decay: of the moving averages of the squares.
         eps: as :class:`Factored`'s, as ``relative_eps``, ``bias_correction`` and ``moments``.
 
@@ -54,68 +58,93 @@ class EigenFactored(Factored):
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
-        """As :class:`Factored`'s; ``L``, ``UL`` (O, O) and ``R``, ``UR`` (I, I) of the sides that have a basis."""
+        """As :class:`Factored`'s (``column`` in the order S, C), and ``second0``, ``basis0`` (O, O), ``second1``,
+        ``basis1`` (C, C) of the dimensions that have a basis."""
         found = super().state(site, like)
-        if "row" not in found:
-            return found
-        for side, size, turned in (("L", found["row"], not site.one_hot), ("R", found["column"], True)):
-            n = len(size)
-            if turned and 1 < n <= self.max_size:
-                found |= {side: like.new_zeros(n, n), "U" + side: torch.eye(n, dtype=like.dtype, device=like.device)}
+        for k, n in enumerate(site.shape[:2] if len(site.shape) > 1 else ()):
+            if 1 < n <= self.max_size and not (site.one_hot and k == 0):
+                found[f"second{k}"] = like.new_zeros(n, n)
+                found[f"basis{k}"] = torch.eye(n, dtype=like.dtype, device=like.device)
         return found
 
     def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
         """Second moments of the batch at hand included, in the present bases."""
         if "row" not in state:
             return super().metric(moment, state)
-        d = moment.direction.to(moment.dtype).flatten(1)
-        outer = {"L": lambda: d @ d.mT, "R": lambda: d.mT @ d}
-        new = {k: state[k] * self.basis_decay + (1 - self.basis_decay) * outer[k]() for k in outer if k in state}
-        bases = state.get("UL"), state.get("UR")
-        rows, columns, moments = self.factors(_into(d, *bases), state, moment.step)
-        return _TurnedOuter(rows, columns, *bases), new | moments
+        d = moment.direction.to(moment.dtype)
+        bases = _Bases(state.get("basis0"), state.get("basis1"), d.shape[1])
+        new = {}
+        for k in (0, 1):
+            if f"second{k}" in state:
+                unfolded = d.transpose(0, k).flatten(1)
+                old = state[f"second{k}"] * self.basis_decay
+                new[f"second{k}"] = old + (1 - self.basis_decay) * (unfolded @ unfolded.mT)
+        rows, columns, moments = self.factors(bases.into(d.flatten(1)), state, moment.step)
+        return _TurnedOuter(rows, columns, bases), new | moments
 
     def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
         """Renew the bases; the second moments are carried over as far as their diagonals go."""
         if step != 1 and step % self.refresh_every:
             return
-        for side, moments in (("L", "row"), ("R", "column")):
-            if side in state and bool(state[side].isfinite().all()):
-                fresh = torch.linalg.eigh(state[side])[1]
-                state[moments].copy_((fresh.mT @ state["U" + side]) ** 2 @ state[moments])
-                state["U" + side].copy_(fresh)
+        for k, slot in enumerate(("row", "column")):
+            second = state.get(f"second{k}")
+            if second is not None and bool(second.isfinite().all()):
+                fresh = torch.linalg.eigh(second)[1]
+                turn = (fresh.mT @ state[f"basis{k}"]) ** 2
+                state[slot].copy_((state[slot].reshape(-1, len(turn)) @ turn.mT).flatten())
+                state[f"basis{k}"].copy_(fresh)
+
+
+@dataclass(frozen=True)
+class _Bases:
+    """U_0 (O, O) and U_1 (C, C); None is the coordinates' own. Turned columns are in the order S, C."""
+
+    first: Tensor | None
+    second: Tensor | None
+    channels: int
+
+    def turn_rows(self, h: Tensor) -> Tensor:
+        """(..., O)."""
+        return h if self.first is None else h.to(self.first.dtype) @ self.first
+
+    def turn_columns(self, x: Tensor) -> Tensor:
+        """(..., C S) -> (..., S C)."""
+        x = x.reshape(*x.shape[:-1], self.channels, -1).mT
+        if self.second is not None:  # one product, the basis not repeated
+            x = (x.reshape(-1, self.channels).to(self.second.dtype) @ self.second).reshape(x.shape)
+        return x.flatten(-2)
+
+    def into(self, t: Tensor) -> Tensor:
+        """(..., O, C S) -> (..., O, S C)."""
+        t = self.turn_columns(t)
+        return t if self.first is None else self.first.mT @ t.to(self.first.dtype)
+
+    def out(self, t: Tensor) -> Tensor:
+        """The inverse: (O, S C) -> (O, C S)."""
+        t = t if self.first is None else self.first @ t
+        t = t.reshape(len(t), -1, self.channels)
+        return (t if self.second is None else t @ self.second.mT).mT.flatten(1)
 
 
 @dataclass(frozen=True)
 class _TurnedOuter:
-    """M = U diag(rows) (x) diag(columns) U^T; a basis that is None is the coordinates' own."""
+    """M = U (diag(rows) (x) diag(columns)) U^T."""
 
     rows: Tensor
     columns: Tensor
-    left: Tensor | None
-    right: Tensor | None
+    bases: _Bases
 
     @property
     def sides(self) -> tuple[Map, Map]:
-        def side(basis: Tensor | None, scale: Tensor) -> Map:
-            return lambda t: (t if basis is None else t.to(basis.dtype) @ basis) * scale.rsqrt()
-
-        return side(self.left, self.rows), side(self.right, self.columns)
+        return (
+            lambda h: self.bases.turn_rows(h) * self.rows.rsqrt(),
+            lambda x: self.bases.turn_columns(x) * self.columns.rsqrt(),
+        )
 
     def solve(self, direction: Tensor) -> Tensor:
-        flat = direction.to(self.rows.dtype).flatten(1)
-        found = _into(flat, self.left, self.right) / (self.rows[:, None] * self.columns)
-        found = found if self.right is None else found @ self.right.mT
-        found = found if self.left is None else self.left @ found
-        return found.reshape(direction.shape)
+        turned = self.bases.into(direction.to(self.rows.dtype).flatten(1))
+        return self.bases.out(turned / (self.rows[:, None] * self.columns)).reshape(direction.shape)
 
     def whiten(self, columns: Tensor) -> Tensor:
-        turned = _into(columns.to(self.rows.dtype).flatten(3), self.left, self.right)
+        turned = self.bases.into(columns.to(self.rows.dtype).flatten(3))
         return turned * (self.rows[:, None] * self.columns).rsqrt()
-
-
-def _into(t: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """U_L^T t U_R: (..., O, I)."""
-    if right is not None:
-        t = (t.reshape(-1, t.shape[-1]) @ right).reshape(t.shape)  # one product, the basis not repeated
-    return t if left is None else left.mT @ t
