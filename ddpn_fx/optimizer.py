@@ -36,8 +36,9 @@ class DDPNOpt(Optimizer):
     Args:
         net: what :func:`ddpn_fx.compile` returned.
         lr: step size eta, the inverse weight of the control's cost; 1.0 works over two decades.
-        preconditioner: the metric M of Table 2: ``"identity"``, ``"diagonal"``, ``"factored"``, ``"kronecker"``,
-            ``"eigen-kronecker"``, or an object (:mod:`ddpn_fx.preconditioners` has these and their options).
+        preconditioner: the metric M of Table 2: ``"identity"``, ``"diagonal"``, ``"factored"``, ``"eigen-factored"``,
+            ``"kronecker"``, ``"eigen-kronecker"``, or an object (:mod:`ddpn_fx.preconditioners` has these and their
+            options). Beside the identity lr is of another scale: 0.01 for all with "factored" in their name.
         terminal: the model of the loss: ``"bound"``, ``"residual"``, ``"gradient"``, ``"exact"``, ``"sampled"``.
         rank: columns of the terminal factor; None: all.
         curvature: for ``terminal="bound"`` and a loss that is not known: an upper bound of its Hessian.

@@ -421,6 +421,70 @@ def test_ekfac_of_grouped_convolutions_embeddings_and_positions():
             )
 
 
+def test_eigen_factored_of_grouped_convolutions_embeddings_and_positions():
+    """Two open-loop steps against the definition; the words' own dimension keeps its coordinates."""
+    model, inputs, target = layers()
+    p = EigenFactored(decay=0.9, relative_eps=0.1, basis_decay=0.8)
+    opt = ddpn_fx.DDPNOpt(
+        ddpn_fx.compile(model, loss=F.cross_entropy, disable=True), lr=0.03, preconditioner=p, feedback=False
+    )
+    bases, averages = {}, {}
+    for step in (1, 2):
+        _, grads = by_hooks(copy.deepcopy(model), inputs, target)
+        before = {n: q.detach().clone() for n, q in model.named_parameters()}
+        opt.train_step(inputs, target)
+        for name, d in grads.items():
+            if d.dim() < 2:
+                continue
+            d = d.flatten(2) if d.dim() > 2 else d[..., None]
+            u, v = bases.get(name, (eye(d.shape[0]), eye(d.shape[1])))
+            turned = torch.einsum("ocs,op,cd->pds", d, u, v)
+            square = turned**2
+            means = square.mean((1, 2)), square.mean(0)
+            old = averages.get(name, [torch.zeros_like(m) for m in means])
+            averages[name] = [0.9 * o + 0.1 * m for o, m in zip(old, means, strict=True)]
+            row, column = (a / (1 - 0.9**step) for a in averages[name])
+            floor = 0.01 * row.mean()
+            m = (torch.einsum("o,cs->ocs", row + floor, column + floor) / (row.mean() + floor)).sqrt()
+            change = torch.einsum("pds,op,cd->ocs", turned / m, u, v)
+            want = before[name] - 0.03 * change.reshape(before[name].shape)
+            got = dict(model.named_parameters())[name]
+            torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9, msg=f"{name}, step {step}")
+            kept = opt.state[got]
+            assert ("basis0" in kept) == (name != "word.weight")
+            assert ("basis1" in kept) == (d.shape[1] > 1)
+            new = [kept.get(f"basis{k}", eye(d.shape[k])).clone() for k in (0, 1)]
+            averages[name][0] = (new[0].T @ u) ** 2 @ averages[name][0]
+            averages[name][1] = (new[1].T @ v) ** 2 @ averages[name][1]
+            bases[name] = new
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp-tanh"])
+def test_eigen_factored_without_bases_is_factored(name):
+    model_case = case(name)
+    inputs, target = model_case.sample()
+    ends = []
+    for p in (EigenFactored(max_size=0), Factored()):
+        net = ddpn_fx.compile(model_case.model(), loss=model_case.loss.call, disable=True)
+        opt = ddpn_fx.DDPNOpt(net, lr=0.01, preconditioner=p, beta1=0.9)
+        for _ in range(3):
+            opt.train_step(inputs, target)
+        ends.append(list(net.parameters()))
+    for got, want in zip(*ends, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_eigen_factored_leaves_a_basis_alone_that_it_cannot_renew():
+    site = ddpn_fx.preconditioners.Site("w", (3, 2))
+    p = EigenFactored()
+    state = p.state(site, torch.zeros((), dtype=torch.float64))
+    state["second0"].fill_(math.nan)
+    state["second1"].copy_(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    p.refresh(site, state, 10)
+    assert torch.equal(state["basis0"], eye(3))
+    assert not torch.equal(state["basis1"], eye(2))
+
+
 class Each(nn.Module):
     """A layer over the positions of a sample, and one behind their mean."""
 
@@ -611,6 +675,10 @@ def test_a_wrong_preconditioner_is_refused(given, error, match):
         (lambda: Diagonal(decay=1.0), r"Diagonal: decay=1.0 must be in \[0, 1\)"),
         (lambda: Kronecker(damping=0.0), "Kronecker: damping=0.0 must be positive and finite"),
         (lambda: EigenKronecker(refresh_every=0), "EigenKronecker: refresh_every=0 must be at least 1"),
+        (lambda: EigenFactored(basis_decay=1.0), r"EigenFactored: basis_decay=1.0 must be in \[0, 1\)"),
+        (lambda: EigenFactored(refresh_every=0), "EigenFactored: refresh_every=0 must be at least 1"),
+        (lambda: EigenFactored(max_size=-1), "EigenFactored: max_size=-1 must be not negative"),
+        (lambda: EigenFactored(decay=-0.1), r"EigenFactored: decay=-0.1 must be in \[0, 1\)"),
         (lambda: Factored(moments="loss"), r"Factored: moments='loss' must be one of \('gradient', 'value'\)"),
     ],
 )

@@ -11,8 +11,8 @@ convolutions), memory in torch's allocations during one step, beside the weights
     python examples/bench/step.py --models mlp --depth 8 --width 256
     python examples/bench/step.py --models all --device cuda
 
-`--methods` are of: default, nonlinear, rank2, full, diagonal, factored, kronecker, eigen-kronecker, groups, open, adam,
-muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as Markdown.
+`--methods` are of: default, nonlinear, rank2, full, diagonal, factored, eigen-factored, kronecker, eigen-kronecker,
+groups, open, adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as Markdown.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full": {"rank": None},
     "diagonal": {"preconditioner": "diagonal"},
     "factored": {"preconditioner": "factored"},
+    "eigen-factored": {"preconditioner": "eigen-factored", "beta1": 0.9},
     "kronecker": {"preconditioner": "kronecker"},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker"},
     "groups": {},  # coupling comes from the command line
