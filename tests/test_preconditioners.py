@@ -485,6 +485,9 @@ def test_eigen_factored_leaves_a_basis_alone_that_it_cannot_renew():
     assert not torch.equal(state["basis1"], eye(2))
 
 
+TURNED = {(1, 6): True, (2, 6): True, (40, 6): False, (4, 6, 6): False}  # shape of x -> whether its factors are turned
+
+
 class Each(nn.Module):
     """A layer over the positions of a sample, and one behind their mean."""
 
@@ -499,9 +502,16 @@ class Each(nn.Module):
 
 
 @pytest.mark.parametrize("rank", [1, None])
-@pytest.mark.parametrize(("shape", "turned"), [((1, 6), True), ((2, 6), True), ((40, 6), False), ((4, 6, 6), False)])
-def test_turned_factors_are_turned_columns(shape, turned, rank, monkeypatch):
-    """EKFAC's closed loop with factors in the eigenbases, against columns that are formed and then turned.
+@pytest.mark.parametrize(
+    ("p", "shape", "turned"),
+    [
+        *((EigenKronecker(decay=0.9, damping=0.05, refresh_every=1), s, t) for s, t in TURNED.items()),
+        (EigenFactored(decay=0.9, refresh_every=1), (5, 6), True),
+        (EigenFactored(decay=0.9, refresh_every=1), (40, 6), False),
+    ],
+)
+def test_turned_factors_are_turned_columns(p, shape, turned, rank, monkeypatch):
+    """The closed loop with factors in the eigenbases, against columns that are formed and then turned.
 
     The factors are the cheaper with one position and with few; not with many, as in a convolution.
     """
@@ -520,7 +530,6 @@ def test_turned_factors_are_turned_columns(shape, turned, rank, monkeypatch):
         model(torch.zeros(1, *shape, dtype=torch.float64))
         x, target = torch.randn(8, *shape, dtype=torch.float64), torch.randint(4, (8,))
         net = ddpn_fx.compile(model, loss=F.cross_entropy, disable=True)
-        p = EigenKronecker(decay=0.9, damping=0.05, refresh_every=1)
         opt = ddpn_fx.DDPNOpt(net, lr=0.1, preconditioner=p, rank=rank)
         for _ in range(3):
             opt.train_step(x, target)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
+from ddpn_fx.passes.turned import Turned
 from ddpn_fx.preconditioners.elementwise import Factored
 
 
@@ -80,6 +81,10 @@ class EigenFactored(Factored):
                 old = state[f"second{k}"] * self.basis_decay
                 new[f"second{k}"] = old + (1 - self.basis_decay) * (unfolded @ unfolded.mT)
         rows, columns, moments = self.factors(bases.into(d.flatten(1)), state, moment.step)
+        if moment.site.groups == 1 and d.dim() == 2:
+            stacked = (None if u is None else u[None] for u in (bases.first, bases.second))
+            turned = Turned(moment.gamma, moment.site, *stacked, d.dtype)
+            return _TurnedProduct(rows, columns, bases, turned), new | moments
         return _TurnedOuter(rows, columns, bases), new | moments
 
     def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
@@ -148,3 +153,14 @@ class _TurnedOuter:
     def whiten(self, columns: Tensor) -> Tensor:
         turned = self.bases.into(columns.to(self.rows.dtype).flatten(3))
         return turned * (self.rows[:, None] * self.columns).rsqrt()
+
+
+@dataclass(frozen=True)
+class _TurnedProduct(_TurnedOuter):
+    """The same of a product of rows and columns, with Gamma in the bases at hand."""
+
+    turned: Turned
+
+    def whitened(self) -> Tensor:
+        """Gamma's own columns, from factors that are turned already where that is cheaper."""
+        return self.turned.all[:, :, 0] * (self.rows[:, None] * self.columns).rsqrt()
