@@ -64,7 +64,8 @@ class Gamma:
                 rows, columns = metric.sides
                 return product_gram(columns(x), rows(h), blocks)
             whitened = getattr(metric, "whitened", None)
-            return gram_matrix(blocks.matrix(whitened() if whitened else metric.whiten(self.columns())))
+            columns = whitened() if whitened else metric.whiten(self.columns())
+            return gram_matrix(blocks.matrix(_as_it_lies(columns)))
         if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
@@ -155,6 +156,12 @@ class Gammas:
     def of(self, names: Iterable[str]) -> Iterator[Gamma]:
         """Those of the named parameters that received a cotangent."""
         return (self._found[n] for n in names if n in self._found)
+
+
+def _as_it_lies(columns: Tensor) -> Tensor:
+    """(B, R, *M) with the dimensions M as they lie in memory: to a Gram their order is nothing, and no copy is made."""
+    order = sorted(range(2, columns.dim()), key=columns.stride, reverse=True)
+    return columns.permute(0, 1, *order)
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:

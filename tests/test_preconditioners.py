@@ -474,6 +474,23 @@ def test_eigen_factored_without_bases_is_factored(name):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "turned"),
+    [
+        ((4, 3), {}, {0, 1}),
+        ((4, 3), {"max_size": 3}, {1}),
+        ((40, 4), {}, {1}),  # 1600 > 8 * 160
+        ((40, 4), {"max_cost": 10.0}, {0, 1}),
+        ((40, 4, 3, 3), {}, {0, 1}),
+        ((4, 1, 3, 3), {}, {0}),
+        ((7,), {}, set()),
+    ],
+)
+def test_eigen_factored_turns_the_dimensions_that_it_can_afford(shape, options, turned):
+    state = EigenFactored(**options).state(ddpn_fx.preconditioners.Site("w", shape), torch.zeros(()))
+    assert {k for k in (0, 1) if f"basis{k}" in state} == turned
+
+
 def test_eigen_factored_leaves_a_basis_alone_that_it_cannot_renew():
     site = ddpn_fx.preconditioners.Site("w", (3, 2))
     p = EigenFactored()
@@ -686,6 +703,7 @@ def test_a_wrong_preconditioner_is_refused(given, error, match):
         (lambda: EigenKronecker(refresh_every=0), "EigenKronecker: refresh_every=0 must be at least 1"),
         (lambda: EigenFactored(basis_decay=1.0), r"EigenFactored: basis_decay=1.0 must be in \[0, 1\)"),
         (lambda: EigenFactored(refresh_every=0), "EigenFactored: refresh_every=0 must be at least 1"),
+        (lambda: EigenFactored(max_cost=-1.0), "EigenFactored: max_cost=-1.0 must be not negative"),
         (lambda: EigenFactored(max_size=-1), "EigenFactored: max_size=-1 must be not negative"),
         (lambda: EigenFactored(decay=-0.1), r"EigenFactored: decay=-0.1 must be in \[0, 1\)"),
         (lambda: Factored(moments="loss"), r"Factored: moments='loss' must be one of \('gradient', 'value'\)"),

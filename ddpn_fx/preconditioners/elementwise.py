@@ -131,4 +131,5 @@ class _Outer:
         return (flat / (self.rows[:, None] * self.columns)).reshape(direction.shape)
 
     def whiten(self, columns: Tensor) -> Tensor:
-        return columns.to(self.rows.dtype).flatten(3) * (self.rows[:, None] * self.columns).rsqrt()
+        scale = (self.rows[:, None] * self.columns).rsqrt()
+        return columns.to(self.rows.dtype) * scale.reshape(columns.shape[2:])

@@ -16,6 +16,7 @@ Shapes: O and C the first two dimensions of the weight, S the others' elements (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class EigenFactored(Factored):
         basis_decay: of the moving averages that the bases diagonalise.
         refresh_every: steps between two eigendecompositions.
         max_size: largest dimension with a basis; a larger one, and an embedding's indices, keep their coordinates.
+        max_cost: so does a dimension of n elements where ``n^2`` is more than this times the weight's elements: to turn
+            a layer's inputs or cotangents by its basis takes so many forward passes of the layer.
         decay: of the moving averages of the squares.
         eps: as :class:`Factored`'s, as ``relative_eps``, ``bias_correction`` and ``moments``.
 
@@ -49,6 +52,7 @@ class EigenFactored(Factored):
     basis_decay: float = 0.95
     refresh_every: int = 10
     max_size: int = 1024
+    max_cost: float = 8.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +60,7 @@ class EigenFactored(Factored):
             basis_decay=(0.0 <= self.basis_decay < 1.0, "in [0, 1)"),
             refresh_every=(self.refresh_every >= 1, "at least 1"),
             max_size=(self.max_size >= 0, "not negative"),
+            max_cost=(self.max_cost >= 0, "not negative"),
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
@@ -63,7 +68,8 @@ class EigenFactored(Factored):
         ``basis1`` (C, C) of the dimensions that have a basis."""
         found = super().state(site, like)
         for k, n in enumerate(site.shape[:2] if len(site.shape) > 1 else ()):
-            if 1 < n <= self.max_size and not (site.one_hot and k == 0):
+            affordable = n <= self.max_size and n * n <= self.max_cost * math.prod(site.shape)
+            if n > 1 and affordable and not (site.one_hot and k == 0):
                 found[f"second{k}"] = like.new_zeros(n, n)
                 found[f"basis{k}"] = torch.eye(n, dtype=like.dtype, device=like.device)
         return found
@@ -80,7 +86,7 @@ class EigenFactored(Factored):
                 unfolded = d.transpose(0, k).flatten(1)
                 old = state[f"second{k}"] * self.basis_decay
                 new[f"second{k}"] = old + (1 - self.basis_decay) * (unfolded @ unfolded.mT)
-        rows, columns, moments = self.factors(bases.into(d.flatten(1)), state, moment.step)
+        rows, columns, moments = self.factors(bases.into(d), state, moment.step)
         if moment.site.groups == 1 and d.dim() == 2:
             stacked = (None if u is None else u[None] for u in (bases.first, bases.second))
             turned = Turned(moment.gamma, moment.site, *stacked, d.dtype)
@@ -102,7 +108,10 @@ class EigenFactored(Factored):
 
 @dataclass(frozen=True)
 class _Bases:
-    """U_0 (O, O) and U_1 (C, C); None is the coordinates' own. Turned columns are in the order S, C."""
+    """U_0 (O, O) and U_1 (C, C); None is the coordinates' own.
+
+    Turned columns are in the order S, C, in which a convolution forms them.
+    """
 
     first: Tensor | None
     second: Tensor | None
@@ -113,15 +122,15 @@ class _Bases:
         return h if self.first is None else h.to(self.first.dtype) @ self.first
 
     def turn_columns(self, x: Tensor) -> Tensor:
-        """(..., C S) -> (..., S C)."""
-        x = x.reshape(*x.shape[:-1], self.channels, -1).mT
+        """(..., C, S) -> (..., S C)."""
+        x = x.mT
         if self.second is not None:  # one product, the basis not repeated
             x = (x.reshape(-1, self.channels).to(self.second.dtype) @ self.second).reshape(x.shape)
         return x.flatten(-2)
 
-    def into(self, t: Tensor) -> Tensor:
-        """(..., O, C S) -> (..., O, S C)."""
-        t = self.turn_columns(t)
+    def into(self, t: Tensor, leading: int = 0) -> Tensor:
+        """(*leading, O, C, any) -> (*leading, O, S C)."""
+        t = self.turn_columns(t.reshape(*t.shape[: leading + 2], -1))
         return t if self.first is None else self.first.mT @ t.to(self.first.dtype)
 
     def out(self, t: Tensor) -> Tensor:
@@ -143,15 +152,15 @@ class _TurnedOuter:
     def sides(self) -> tuple[Map, Map]:
         return (
             lambda h: self.bases.turn_rows(h) * self.rows.rsqrt(),
-            lambda x: self.bases.turn_columns(x) * self.columns.rsqrt(),
+            lambda x: self.bases.turn_columns(x.unflatten(-1, (self.bases.channels, -1))) * self.columns.rsqrt(),
         )
 
     def solve(self, direction: Tensor) -> Tensor:
-        turned = self.bases.into(direction.to(self.rows.dtype).flatten(1))
+        turned = self.bases.into(direction.to(self.rows.dtype))
         return self.bases.out(turned / (self.rows[:, None] * self.columns)).reshape(direction.shape)
 
     def whiten(self, columns: Tensor) -> Tensor:
-        turned = self.bases.into(columns.to(self.rows.dtype).flatten(3))
+        turned = self.bases.into(columns.to(self.rows.dtype), leading=2)
         return turned * (self.rows[:, None] * self.columns).rsqrt()
 
 
