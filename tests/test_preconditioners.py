@@ -590,8 +590,10 @@ def test_the_papers_form_counts_its_clamps(lr, clamped):
 
 # --- behaviour ------------------------------------------------------------------------------------------------------
 
+KINDS = ("diagonal", "factored", "eigen-factored", "kronecker", "eigen-kronecker")
 
-@pytest.mark.parametrize("kind", ["diagonal", "factored", "kronecker", "eigen-kronecker"])
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_fused_program_equals_the_untraced_one(kind):
     results = []
     for backend in (None, "eager"):
@@ -606,7 +608,7 @@ def test_the_fused_program_equals_the_untraced_one(kind):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "factored", "kronecker", "eigen-kronecker"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_state_is_saved_and_loaded(kind):
     """Two steps, a save, two more: as four without the save; moments of a bfloat16 model stay in float32."""
 
@@ -635,7 +637,7 @@ def test_state_is_saved_and_loaded(kind):
 
 def test_singular_factors_are_damped_and_a_batch_of_zeros_changes_nothing_to_nan():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    for kind in ("diagonal", "factored", "kronecker", "eigen-kronecker"):
+    for kind in KINDS:
         net = ddpn_fx.compile(copy.deepcopy(model), loss=F.cross_entropy, disable=True)
         opt = ddpn_fx.DDPNOpt(net, lr=0.1, preconditioner=kind)
         for x in (torch.zeros(5, 3), torch.ones(5, 3), torch.full((5, 3), torch.nan)):
