@@ -186,3 +186,14 @@ def test_ekfac_of_dense_layers_turns_factors_and_forms_no_column_for_its_moments
 def test_an_elementwise_metric_forms_the_columns_of_every_weight():
     got, layers = measured("sequence", 16, preconditioner="diagonal")
     assert got == pytest.approx(sum(p.work(16, 1, 1, contractions=2, form=True) for p in layers), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+def test_eigen_factored_of_dense_layers_turns_inputs_and_cotangents_alone(batch):
+    """Beside the factored metric's work: both sides turned for K, the direction turned twice and back, its moments."""
+    got, layers = measured("dense", batch, preconditioner="eigen-factored")
+    want = sum(p.work(batch, 1, 1, contractions=2) for p in layers)
+    for p in layers:
+        one, dims = p.inputs * p.outputs, [n for n in (p.inputs, p.outputs) if n * n <= 8 * p.inputs * p.outputs]
+        want += 2 * sum(batch * n * n + 4 * one * n for n in dims)
+    assert got == pytest.approx(want, rel=TOLERANCE)

@@ -9,7 +9,7 @@ cotangents turned and scaled: what the closed loop costs over the identity is on
 
 Nothing but D is needed. So any weight of two dimensions or more has it, whichever operators use it and how often. A
 convolution's positions in the kernel keep their coordinates: its columns would have to be turned by a basis of all of
-its inputs, channels times positions, which costs more than their Gram and was no better.
+its inputs, channels times positions, which costs more than their Gram (docs/notes.md has what it gains).
 
 Shapes: O and C the first two dimensions of the weight, S the others' elements (1 of a linear layer), I = C S.
 """
