@@ -3,8 +3,8 @@
 Two blocks of width 64, 64 positions, batch 32, 400 steps. Every method starts at the same weights and sees the same
 batches; one row of the table is a method at one step size. After the first seed of each row the best Adam and the best
 row of the claim take the other seeds. The claim: DDPNOpt with the diagonal, the factored or the eigen-factored
-preconditioner and an averaged direction ends below the best Adam. Prints a Markdown table, writes it with all figures to
-examples/results/gpt.md and gpt.json, and exits with status 1 if the claim fails. Started again it goes on with the
+preconditioner and an averaged direction ends below the best Adam. Prints a Markdown table, writes it with all figures
+to examples/results/gpt.md and gpt.json, and exits with status 1 if the claim fails. Started again it goes on with the
 trainings that are missing.
 
     python examples/gpt.py [--steps 400] [--seeds 3] [--device cuda]

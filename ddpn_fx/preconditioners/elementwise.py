@@ -95,9 +95,7 @@ class Factored(Base):
         rows, columns, new = self.factors(d.flatten(1), state, moment.step)
         return _Outer(rows, columns), new
 
-    def factors(
-        self, d: Tensor, state: Mapping[str, Tensor], step: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def factors(self, d: Tensor, state: Mapping[str, Tensor], step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The diagonals of M's two sides, (O,) and (I,), and the new moments; d: (O, I)."""
         square = d * d
         row, new_row = self._average(square.mean(1), state["row"], step)

@@ -12,7 +12,8 @@ convolutions), memory in torch's allocations during one step, beside the weights
     python examples/bench/step.py --models all --device cuda
 
 `--methods` are of: default, nonlinear, rank2, full, diagonal, factored, eigen-factored, kronecker, eigen-kronecker,
-groups, open, adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as Markdown.
+groups, open, adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as
+Markdown.
 """
 
 from __future__ import annotations

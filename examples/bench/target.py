@@ -1,11 +1,10 @@
-"""Steps and seconds to a target: tuned SGD, momentum and Adam against DDPNOpt at its defaults, in the metric
-"eigen-factored" at one setting, and tuned.
+"""Steps and seconds to a target: tuned SGD, momentum and Adam against DDPNOpt.
 
-A task's target is the merit with which its best baseline ends, the mean over the seeds. What counts is the first
-evaluation at which a method's mean over the seeds reaches it. Every baseline's step size, and DDPNOpt's setting in the
-row "tuned", are chosen by one training of each on other held-out data than those that are reported. Seconds are steps
-times the mean of twenty steps, measured in turn at the end; a baseline is charged a compiled SGD step, momentum and Adam
-too, which favours them.
+DDPNOpt is there at its defaults, in the metric "eigen-factored" at one setting, and tuned. A task's target is the merit
+with which its best baseline ends, the mean over the seeds. What counts is the first evaluation at which a method's mean
+over the seeds reaches it. Every baseline's step size, and DDPNOpt's setting in the row "tuned", are chosen by one
+training of each on other held-out data than those that are reported. Seconds are steps times the mean of twenty steps,
+measured in turn at the end; a baseline is charged a compiled SGD step, momentum and Adam too, which favours them.
 
     python examples/bench/target.py --data FOLDER                     all tasks, hours on one core; it is resumed
     python examples/bench/target.py --data FOLDER --tasks mnist-128   a part, and the page of all that is there
