@@ -64,7 +64,7 @@ class EigenFactored(Factored):
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
-        """As :class:`Factored`'s, ``column`` in the order S, C; ``second{k}`` and ``basis{k}`` of a turned dimension."""
+        """As :class:`Factored`'s, ``column`` in the order S, C; ``second{k}`` and ``basis{k}`` of a turned one."""
         found = super().state(site, like)
         for k, n in enumerate(site.shape[:2] if len(site.shape) > 1 else ()):
             affordable = n <= self.max_size and n * n <= self.max_cost * math.prod(site.shape)
