@@ -87,8 +87,8 @@ class EigenFactored(Factored):
                 new[f"second{k}"] = old + (1 - self.basis_decay) * (unfolded @ unfolded.mT)
         rows, columns, moments = self.factors(bases.into(d), state, moment.step)
         if moment.site.groups == 1 and d.dim() == 2:
-            stacked = (None if u is None else u[None] for u in (bases.first, bases.second))
-            turned = Turned(moment.gamma, moment.site, *stacked, d.dtype)
+            left, right = (None if u is None else u[None] for u in (bases.first, bases.second))
+            turned = Turned(moment.gamma, moment.site, left, right, d.dtype)
             return _TurnedProduct(rows, columns, bases, turned), new | moments
         return _TurnedOuter(rows, columns, bases), new | moments
 
