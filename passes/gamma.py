@@ -161,7 +161,7 @@ class Gammas:
 def _as_it_lies(columns: Tensor) -> Tensor:
     """(B, R, *M) with the dimensions M as they lie in memory: to a Gram their order is nothing, and no copy is made."""
     order = sorted(range(2, columns.dim()), key=columns.stride, reverse=True)
-    return columns.permute(0, 1, *order)
+    return columns if order == sorted(order) else columns.permute(0, 1, *order)
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:
