@@ -52,7 +52,7 @@ class EigenFactored(Factored):
     basis_decay: float = 0.95
     refresh_every: int = 10
     max_size: int = 1024
-    max_cost: float = 8.0
+    max_cost: float = 4.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
