@@ -1,9 +1,10 @@
 """A step's time, FLOPs and peak memory against SGD's, all compiled.
 
 The steps of a model alternate in one process, so that what else the machine does falls on all alike; the table shows
-medians over SGD's. SGD is one compiled program too: forward, backward and update in place. Adam, Muon and SOAP are the
-usual loop around a compiled model. FLOPs are counted in the graphs (`torch.utils.flop_counter`: matrix products and
-convolutions), memory in torch's allocations during one step, beside the weights, the optimizer's state and the batch.
+medians over SGD's, and means, which have in them what is not done in every step (bases of a metric that are renewed).
+SGD is one compiled program too: forward, backward and update in place. Adam, Muon and SOAP are the usual loop around a
+compiled model. FLOPs are counted in the graphs (`torch.utils.flop_counter`: matrix products and convolutions), memory
+in torch's allocations during one step, beside the weights, the optimizer's state and the batch.
 
     python examples/bench/step.py                               784-512x4-10 at batch 128: SGD and the default
     python examples/bench/step.py --models all --methods all    every model and method (half an hour)
@@ -180,6 +181,7 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
         held = size_of([*contestant.held(), *batches[0]])
         rows[method] = {
             "median_ms": 1e3 * statistics.median(seconds[method]),
+            "mean_ms": 1e3 * statistics.fmean(seconds[method]),
             "deciles_ms": [1e3 * q for q in statistics.quantiles(seconds[method], n=10)[::8]],
             "flops": contestant.flops and contestant.flops(),
             "peak_bytes": held + peak_bytes(contestant.step, *batches[0]),
@@ -187,6 +189,7 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
         }
         rows[method] |= {
             "time": rows[method]["median_ms"] / rows["SGD"]["median_ms"],
+            "time_of_means": rows[method]["mean_ms"] / rows["SGD"]["mean_ms"],
             "work": rows[method]["flops"] and rows[method]["flops"] / rows["SGD"]["flops"],
             "memory": rows[method]["peak_bytes"] / rows["SGD"]["peak_bytes"],
         }
@@ -201,8 +204,9 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         for method, row in rows.items():
             work = "" if row["work"] is None else f"{row['work']:.2f}"
             median, first = f"{row['median_ms']:.1f}", f"{row['first_call_s']:.0f}"
-            lines.append([name, method, median, f"{row['time']:.2f}", work, f"{row['memory']:.2f}", first])
-    header = ("model, batch", "method", "median, ms", "time", "FLOPs", "peak memory", "first call, s")
+            times = f"{row['time']:.2f}", f"{row['time_of_means']:.2f}"
+            lines.append([name, method, median, *times, work, f"{row['memory']:.2f}", first])
+    header = ("model, batch", "method", "median, ms", "time", "of means", "FLOPs", "peak memory", "first call, s")
     return report.markdown(header, lines, numbers_from=2)
 
 
