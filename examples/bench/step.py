@@ -80,12 +80,15 @@ def compiled_sgd(model: nn.Module, loss: Callable[..., Tensor], backend: str) ->
     lr = torch.tensor(LR, device=next(iter(parameters.values())).device)
 
     def step(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
-        def objective(parameters: dict[str, Tensor]) -> Tensor:
-            return loss(torch.func.functional_call(model, (parameters, buffers), x), y)
+        def objective(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            fresh = {name: buffer.clone() for name, buffer in buffers.items()}  # a module may update them in place
+            return loss(torch.func.functional_call(model, (parameters, fresh), x), y), fresh
 
-        gradients, value = torch.func.grad_and_value(objective)(parameters)
+        gradients, (value, fresh) = torch.func.grad_and_value(objective, has_aux=True)(parameters)
         for name, parameter in parameters.items():
             parameter.copy_(parameter - lr * gradients[name])
+        for name, buffer in buffers.items():
+            buffer.copy_(fresh[name])
         return value
 
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
