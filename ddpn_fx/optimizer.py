@@ -38,7 +38,7 @@ class DDPNOpt(Optimizer):
         lr: step size eta, the inverse weight of the control's cost; 1.0 works over two decades.
         preconditioner: the metric M of Table 2: ``"identity"``, ``"diagonal"``, ``"factored"``, ``"eigen-factored"``,
             ``"kronecker"``, ``"eigen-kronecker"``, or an object (:mod:`ddpn_fx.preconditioners` has these and their
-            options). Beside the identity lr is of another scale: 0.01 for all with "factored" in their name.
+            options). For the diagonal and the factored ones lr is of Adam's scale, 0.01.
         terminal: the model of the loss: ``"bound"``, ``"residual"``, ``"gradient"``, ``"exact"``, ``"sampled"``.
         rank: columns of the terminal factor; None: all.
         curvature: for ``terminal="bound"`` and a loss that is not known: an upper bound of its Hessian.

@@ -249,7 +249,7 @@ def test_every_mode_equals_the_oracle_in_the_dense_metric(kind, settings, moment
 
 @pytest.mark.parametrize("name", ["cnn", "cnn-groupnorm", "residual", "attention", "looped", "tied-embedding", "bare"])
 @pytest.mark.parametrize("kind", ["diagonal", "adam", "factored", "eigen-factored"])
-def test_elementwise_metrics_on_other_models(kind, name):
+def test_metrics_of_the_direction_on_other_models(kind, name):
     compare(name, PRECONDITIONERS[kind]("gradient"), SETTINGS["default"], steps=2)
 
 

@@ -93,7 +93,7 @@ class Factored(Base):
             v, square = self._average(d * d, state["square_avg"], moment.step)
             return Elementwise((v + self._floor(v)).sqrt()), {"square_avg": square}
         rows, columns, new = self.factors(d.flatten(1), state, moment.step)
-        return _Outer(rows, columns), new
+        return Outer(rows, columns), new
 
     def factors(self, d: Tensor, state: Mapping[str, Tensor], step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The diagonals of M's two sides, (O,) and (I,), and the new moments; d: (O, I)."""
@@ -114,20 +114,27 @@ class Factored(Base):
 
 
 @dataclass(frozen=True)
-class _Outer:
+class Outer:
     """M = diag(rows) (x) diag(columns)."""
 
     rows: Tensor
     columns: Tensor
 
     @property
+    def scale(self) -> Tensor:
+        """M's diagonal as a matrix: (O, I)."""
+        return self.rows[:, None] * self.columns
+
+    @property
     def sides(self) -> tuple[Map, Map]:
+        """W's map of rows and its map of columns."""
         return lambda h: h * self.rows.rsqrt(), lambda x: x * self.columns.rsqrt()
 
     def solve(self, direction: Tensor) -> Tensor:
+        """M^-1 times a direction, of its shape."""
         flat = direction.to(self.rows.dtype).flatten(1)
-        return (flat / (self.rows[:, None] * self.columns)).reshape(direction.shape)
+        return (flat / self.scale).reshape(direction.shape)
 
     def whiten(self, columns: Tensor) -> Tensor:
-        scale = (self.rows[:, None] * self.columns).rsqrt()
-        return columns.to(self.rows.dtype) * scale.reshape(columns.shape[2:])
+        """Columns over the root of M: (B, R, *M)."""
+        return columns.to(self.rows.dtype) * self.scale.rsqrt().reshape(columns.shape[2:])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
 from ddpn_fx.passes.turned import Turned
-from ddpn_fx.preconditioners.elementwise import Factored
+from ddpn_fx.preconditioners.elementwise import Factored, Outer
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,9 @@ class _Bases:
 
 
 @dataclass(frozen=True)
-class _TurnedOuter:
+class _TurnedOuter(Outer):
     """M = U (diag(rows) (x) diag(columns)) U^T."""
 
-    rows: Tensor
-    columns: Tensor
     bases: _Bases
 
     @property
@@ -156,11 +154,11 @@ class _TurnedOuter:
 
     def solve(self, direction: Tensor) -> Tensor:
         turned = self.bases.into(direction.to(self.rows.dtype))
-        return self.bases.out(turned / (self.rows[:, None] * self.columns)).reshape(direction.shape)
+        return self.bases.out(turned / self.scale).reshape(direction.shape)
 
     def whiten(self, columns: Tensor) -> Tensor:
         turned = self.bases.into(columns.to(self.rows.dtype), leading=2)
-        return turned * (self.rows[:, None] * self.columns).rsqrt()
+        return turned * self.scale.rsqrt()
 
 
 @dataclass(frozen=True)
@@ -171,4 +169,4 @@ class _TurnedProduct(_TurnedOuter):
 
     def whitened(self) -> Tensor:
         """Gamma's own columns, from factors that are turned already where that is cheaper."""
-        return self.turned.all[:, :, 0] * (self.rows[:, None] * self.columns).rsqrt()
+        return self.turned.all[:, :, 0] * self.scale.rsqrt()
