@@ -21,3 +21,11 @@ def real(t: Tensor) -> Tensor:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of Grams, weights, policies and numbers of a step: float32, or float64 for a float64 model."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def worked_out(t: Tensor) -> Tensor:
+    """The same tensor, which a compiler then keeps: else it would be computed anew in every kernel that reads it.
+
+    For small tensors that large ones are scaled by, element for element.
+    """
+    return torch.as_strided(t, t.shape, t.stride())  # a view of which Inductor asks for the memory

@@ -2,11 +2,13 @@
 
 A metric that is diagonal in such bases (EKFAC) needs ``U_G^T Gamma_k U_A`` of every column, or the squares of the
 samples' own alone. A column is a sum of outer products, ``sum_p h_p x_p^T``: so either its factors are turned and then
-multiplied, or it is formed and turned after. In multiply-adds of a sample that is ``P (I^2 + R O^2)`` against
-``R O I (I + O)``. With one position the factors are always the cheaper, and the mean of the squares is
-``(h^2)^T x^2 / B``: no column is formed for it. With as many positions as a convolution has, the columns are.
+multiplied, or it is formed and turned after. In multiply-adds of a sample that is ``P (I i + R O o)`` against
+``R O I (i + o)``, with i and o the sizes of the parts that have a basis each: I and O, or less. With one position the
+factors are always the cheaper, and the mean of the squares is ``(h^2)^T x^2 / B``: no column is formed for it. With as
+many positions as a convolution has, the columns are.
 
-Shapes: B batch, R columns, S groups, P positions, O and I rows and columns of a group.
+Shapes: B batch, R columns, S groups, P positions, O and I rows and columns of a group; a basis of d elements in k parts
+is (S, k, d / k, d / k).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.metric import Site
+from ddpn_fx.passes.numeric import worked_out
 
 
 @dataclass
@@ -28,8 +31,8 @@ class Turned:
     Attributes:
         gamma: the parameter's Gamma.
         site: the parameter, one with groups.
-        rows: U_G, (S, O, O); None for the coordinates as they are.
-        columns: U_A, (S, I, I); None for the coordinates as they are.
+        rows: U_G, a basis of O; None for the coordinates as they are.
+        columns: U_A, a basis of I; None for the coordinates as they are.
         dtype: of what comes out, that of the bases.
     """
 
@@ -47,8 +50,9 @@ class Turned:
             return None
         x, h = products
         (r, p), o, i = (h.shape[1], h.shape[3]), self.site.rows, self.site.columns
-        before = p * (i * i * (self.columns is not None) + r * o * o * (self.rows is not None))
-        after = r * o * i * (i * (self.columns is not None) + o * (self.rows is not None))
+        for_x, for_h = (0 if u is None else u.shape[-1] for u in (self.columns, self.rows))
+        before = p * (i * for_x + r * o * for_h)
+        after = r * o * i * (for_x + for_h)
         if p > 1 and after < before:
             return None
         return turn(x.to(self.dtype), self.columns), turn(h.to(self.dtype), self.rows)
@@ -75,12 +79,14 @@ class Turned:
 
 
 def turn(t: Tensor, basis: Tensor | None) -> Tensor:
-    """``t U`` of each group as one product a group, the basis not repeated: (..., S, n, d), (S, d, d)."""
+    """``t U`` of each group as one product a block, the basis not repeated: (..., S, n, d), (S, k, d / k, d / k)."""
     if basis is None:
         return t
-    if basis.shape[0] == 1:
-        return (t.reshape(-1, t.shape[-1]) @ basis[0]).reshape(t.shape)
-    return torch.einsum("...snd,sde->...sne", t, basis)
+    groups, blocks, size, _ = basis.shape
+    if groups == blocks == 1:
+        return (t.reshape(-1, size) @ basis[0, 0]).reshape(t.shape)
+    turned = torch.einsum("...snkd,skde->...snke", t.unflatten(-1, (blocks, size)), basis)
+    return worked_out(turned.contiguous()).flatten(-2)  # copied part by part: flat, a compiler reads element by element
 
 
 def turn_both(t: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

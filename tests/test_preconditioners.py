@@ -118,6 +118,17 @@ class DenseEigenKronecker(DenseKronecker):
         return U @ (s + self.p.damping).diag() @ U.T
 
 
+def whole(state, k, n):
+    """The basis of the k-th dimension as one (n, n) matrix."""
+    return torch.block_diag(*state[f"basis{k}"]) if f"basis{k}" in state else eye(n)
+
+
+def blocks(state, k):
+    """The parts of the k-th dimension that have a basis each, as slices."""
+    count, size, _ = state[f"basis{k}"].shape if f"basis{k}" in state else (0, 0, 0)
+    return [slice(i * size, (i + 1) * size) for i in range(count)]
+
+
 class DenseEigenFactored(DenseFactored):
     """The factored metric of d turned along its first two dimensions, turned back; the bases change as those of EKFAC.
 
@@ -145,13 +156,12 @@ class DenseEigenFactored(DenseFactored):
 
     def adopt(self, state):
         for name, old in self.renewed:
-            own = eye(len(old[0])), eye(len(old[1]))
-            fresh = [state[name].get(f"basis{k}", own[k]).clone() for k in (0, 1)]
+            fresh = [whole(state[name], k, len(u)) for k, u in enumerate(old)]
             for k, basis in enumerate(fresh):
-                factor = self.kept[f"{name}{k}"]
-                turned = basis.T @ factor @ basis
                 torch.testing.assert_close(basis.T @ basis, eye(len(basis)), rtol=0, atol=1e-12)
-                if f"basis{k}" in state[name]:
+                factor = self.kept[f"{name}{k}"]
+                for block in blocks(state[name], k):
+                    turned = basis[:, block].T @ factor @ basis[:, block]
                     torch.testing.assert_close(turned, turned.diag().diag(), rtol=0, atol=1e-12 * float(factor.norm()))
             self.kept[name + "r"] = (fresh[0].T @ old[0]) ** 2 @ self.kept[name + "r"]
             self.kept[name + "c"] = (fresh[1].T @ old[1]) ** 2 @ self.kept[name + "c"]
@@ -230,11 +240,13 @@ SETTINGS = {
     "decoupled, beta1": oracle.Settings(lr=0.05, weight_decay=0.02, decoupled=True, beta1=0.7),
     "open loop": oracle.Settings(lr=0.05, feedback=False, weight_decay=0.02),
 }
+TURNS = {"decay": 0.9, "eps": 1e-3, "basis_decay": 0.8, "refresh_every": 2}
 PRECONDITIONERS = {
     "diagonal": lambda m: Diagonal(decay=0.9, eps=1e-3, moments=m),
     "adam": lambda m: Diagonal(decay=0.9, eps=1e-4, relative_eps=0.05, bias_correction=True, moments=m),
     "factored": lambda m: Factored(decay=0.9, eps=1e-3, moments=m),
-    "eigen-factored": lambda m: EigenFactored(decay=0.9, eps=1e-3, basis_decay=0.8, refresh_every=2, moments=m),
+    "eigen-factored": lambda m: EigenFactored(**TURNS, max_cost=9.0, moments=m),
+    "eigen-factored, parts": lambda m: EigenFactored(**TURNS, max_size=3, moments=m),
     "kronecker": lambda m: Kronecker(decay=0.9, damping=0.1, moments=m),
     "eigen-kronecker": lambda m: EigenKronecker(decay=0.9, damping=0.1, refresh_every=2, moments=m),
 }
@@ -248,7 +260,7 @@ def test_every_mode_equals_the_oracle_in_the_dense_metric(kind, settings, moment
 
 
 @pytest.mark.parametrize("name", ["cnn", "cnn-groupnorm", "residual", "attention", "looped", "tied-embedding", "bare"])
-@pytest.mark.parametrize("kind", ["diagonal", "adam", "factored", "eigen-factored"])
+@pytest.mark.parametrize("kind", ["diagonal", "adam", "factored", "eigen-factored", "eigen-factored, parts"])
 def test_metrics_of_the_direction_on_other_models(kind, name):
     compare(name, PRECONDITIONERS[kind]("gradient"), SETTINGS["default"], steps=2)
 
@@ -453,7 +465,7 @@ def test_eigen_factored_of_grouped_convolutions_embeddings_and_positions():
             kept = opt.state[got]
             assert ("basis0" in kept) == (name != "word.weight")
             assert ("basis1" in kept) == (d.shape[1] > 1)
-            new = [kept.get(f"basis{k}", eye(d.shape[k])).clone() for k in (0, 1)]
+            new = [whole(kept, k, d.shape[k]) for k in (0, 1)]
             averages[name][0] = (new[0].T @ u) ** 2 @ averages[name][0]
             averages[name][1] = (new[1].T @ v) ** 2 @ averages[name][1]
             bases[name] = new
@@ -475,31 +487,38 @@ def test_eigen_factored_without_bases_is_factored(name):
 
 
 @pytest.mark.parametrize(
-    ("shape", "options", "turned"),
+    ("shape", "options", "sizes"),
     [
-        ((4, 3), {}, {0, 1}),
-        ((4, 3), {"max_size": 3}, {1}),
-        ((20, 4), {}, {1}),  # 400 > 4 * 80
-        ((20, 4), {"max_cost": 5.0}, {0, 1}),
-        ((40, 4, 3, 3), {}, {0, 1}),
-        ((4, 1, 3, 3), {}, {0}),
-        ((7,), {}, set()),
+        ((4, 3), {}, (2, 3)),  # four rows: at most three at once
+        ((4, 3), {"max_cost": 2.0}, (4, 3)),
+        ((4, 3), {"max_size": 3}, (2, 3)),
+        ((4, 3), {"max_size": 0}, (None, None)),
+        ((32, 784), {}, (32, 28)),
+        ((128, 784), {}, (128, 112)),
+        ((1536, 512), {}, (128, 128)),
+        ((127, 64), {}, (None, 64)),  # prime
+        ((62, 30), {}, (None, 30)),  # parts of 2 are not worth it
+        ((40, 4, 3, 3), {}, (20, 4)),
+        ((4, 1, 3, 3), {}, (4, None)),
+        ((7,), {}, (None, None)),
     ],
 )
-def test_eigen_factored_turns_the_dimensions_that_it_can_afford(shape, options, turned):
+def test_eigen_factored_turns_dimensions_in_parts_that_it_can_afford(shape, options, sizes):
     state = EigenFactored(**options).state(ddpn_fx.preconditioners.Site("w", shape), torch.zeros(()))
-    assert {k for k in (0, 1) if f"basis{k}" in state} == turned
+    for k, size in enumerate(sizes):
+        found = state[f"basis{k}"].shape if f"basis{k}" in state else None
+        assert found == (None if size is None else (shape[k] // size, size, size))
 
 
 def test_eigen_factored_leaves_a_basis_alone_that_it_cannot_renew():
     site = ddpn_fx.preconditioners.Site("w", (3, 2))
-    p = EigenFactored()
+    p = EigenFactored(max_cost=2.0)
     state = p.state(site, torch.zeros((), dtype=torch.float64))
     state["second0"].fill_(math.nan)
     state["second1"].copy_(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     p.refresh(site, state, 10)
-    assert torch.equal(state["basis0"], eye(3))
-    assert not torch.equal(state["basis1"], eye(2))
+    assert torch.equal(state["basis0"], eye(3)[None])
+    assert not torch.equal(state["basis1"], eye(2)[None])
 
 
 TURNED = {(1, 6): True, (2, 6): True, (40, 6): False, (4, 6, 6): False}  # shape of x -> whether its factors are turned
@@ -525,6 +544,8 @@ class Each(nn.Module):
         *((EigenKronecker(decay=0.9, damping=0.05, refresh_every=1), s, t) for s, t in TURNED.items()),
         (EigenFactored(decay=0.9, refresh_every=1), (5, 6), True),
         (EigenFactored(decay=0.9, refresh_every=1), (40, 6), False),
+        (EigenFactored(decay=0.9, refresh_every=1, max_size=3), (5, 6), True),
+        (EigenFactored(decay=0.9, refresh_every=1, max_size=3), (40, 6), False),
     ],
 )
 def test_turned_factors_are_turned_columns(p, shape, turned, rank, monkeypatch):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
+from ddpn_fx.passes.numeric import worked_out
 from ddpn_fx.preconditioners.base import Base, Elementwise
 
 
@@ -50,7 +51,7 @@ class Diagonal(Base):
         scale = root + self.eps
         if self.relative_eps:
             scale = scale + self.relative_eps * root.mean()
-        return Elementwise(scale), {"square_avg": v}
+        return Elementwise(worked_out(scale)), {"square_avg": v}
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Factored(Base):
         d = moment.direction.to(moment.dtype)
         if d.dim() < 2:
             v, square = self._average(d * d, state["square_avg"], moment.step)
-            return Elementwise((v + self._floor(v)).sqrt()), {"square_avg": square}
+            return Elementwise(worked_out((v + self._floor(v)).sqrt())), {"square_avg": square}
         rows, columns, new = self.factors(d.flatten(1), state, moment.step)
         return Outer(rows, columns), new
 
@@ -102,7 +103,8 @@ class Factored(Base):
         column, new_column = self._average(square.mean(0), state["column"], step)
         floor = self._floor(row)
         rows = ((row + floor) / (row.mean() + floor)).sqrt()
-        return rows, (column + floor).sqrt(), {"row": new_row, "column": new_column}
+        columns = (column + floor).sqrt()
+        return worked_out(rows), worked_out(columns), {"row": new_row, "column": new_column}
 
     def _average(self, fresh: Tensor, old: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """The moving average with a batch's, corrected for its start, and as it is kept."""

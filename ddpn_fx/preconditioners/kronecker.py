@@ -135,7 +135,7 @@ class EigenKronecker(Base):
 
         if "UF" in bases:
             return _Rotated(rotation, scale((rotation.into(moment.samples) ** 2).mean(0))), new
-        turned = Turned(moment.gamma, moment.site, bases.get("UG"), bases.get("UA"), moment.dtype)
+        turned = Turned(moment.gamma, moment.site, *_sides(bases), moment.dtype)
         square = turned.mean_square(moment.coefficient.to(moment.dtype))
         return _RotatedProduct(rotation, scale(square), turned=turned), new
 
@@ -276,6 +276,12 @@ def _solve_rows(root: Tensor, t: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(root.mT, t, upper=True, left=False)
 
 
+def _sides(bases: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """U_G and U_A as :mod:`ddpn_fx.passes.turned` takes them, of one block each."""
+    rows, columns = (bases[u][:, None] if u in bases else None for u in ("UG", "UA"))
+    return rows, columns
+
+
 @dataclass(frozen=True)
 class _Rotation:
     """Into and out of the eigenbases."""
@@ -291,7 +297,7 @@ class _Rotation:
             basis = self.bases["UF"]
             return t.to(basis.dtype).reshape(*leading, -1) @ basis
         t = t.reshape(*leading, s.groups, s.rows, s.columns)
-        return turn_both(t, self.bases.get("UG"), self.bases.get("UA"))
+        return turn_both(t, *_sides(self.bases))
 
     def out(self, t: Tensor) -> Tensor:
         """The inverse, for one (S, O, I) or (n,), of the parameter's shape."""

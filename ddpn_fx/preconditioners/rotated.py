@@ -5,7 +5,11 @@ a linear layer E[D D^T] and E[D^T D]. In their eigenbases the elements of D are 
 metric there says more than one in the coordinates that the user happens to have: this is SOAP (Vyas et al. 2024), Adam
 in the bases of Shampoo (Gupta et al. 2018). Here the second moments of the turned D are those of its rows times those
 of its columns. So M is a product of two sides, and K_t of a linear layer is one of two small Grams, of its inputs and
-cotangents turned and scaled: what the closed loop costs over the identity is one small product for either.
+cotangents turned and scaled.
+
+A large dimension is turned in parts, each by a basis of its own, as Distributed Shampoo does (Shi et al. 2023). To turn n
+elements in parts of b takes n b products instead of n^2, and the eigendecompositions n b^2. On the tasks of
+examples/bench/target.py parts of 128 lose nothing against whole dimensions, and more are affordable.
 
 Nothing but D is needed. So any weight of two dimensions or more has it, whichever operators use it and how often. A
 convolution's positions in the kernel keep their coordinates: its columns would have to be turned by a basis of all of
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
-from ddpn_fx.passes.turned import Turned
+from ddpn_fx.passes.turned import Turned, turn
 from ddpn_fx.preconditioners.elementwise import Factored, Outer
 
 
@@ -32,7 +36,7 @@ from ddpn_fx.preconditioners.elementwise import Factored, Outer
 class EigenFactored(Factored):
     """M = U sqrt(r c^T / mean(r)) U^T: :class:`Factored` in the eigenbases of the direction's second moments.
 
-    U = U_0 (x) U_1: the bases of the first two dimensions; r and c are the row and column means of the moving average
+    U = U_0 (x) U_1: the bases of the first two dimensions, in parts where these are large; r and c are the row and column means of the moving average
     of the squares of d turned by them, its first dimension against the others. Bases are renewed after the first step
     and after every ``refresh_every`` steps, outside the compiled step; until then they are the identity. A parameter of
     one dimension is as :class:`Factored`'s.
@@ -40,9 +44,11 @@ class EigenFactored(Factored):
     Args:
         basis_decay: of the moving averages that the bases diagonalise.
         refresh_every: steps between two eigendecompositions.
-        max_size: largest dimension with a basis; a larger one, and an embedding's indices, keep their coordinates.
-        max_cost: so does a dimension of n elements where ``n^2`` is more than this times the weight's elements: to turn
-            a layer's inputs or cotangents by its basis takes so many forward passes of the layer.
+        max_size: most elements of a dimension that are turned together. A larger dimension is cut into equal parts,
+            each with a basis of its own; one that cannot be (a prime number), and an embedding's indices, keep their
+            coordinates.
+        max_cost: a part has at most this times as many elements as the weight has for each of the dimension: to turn a
+            layer's inputs or cotangents takes so many forward passes of the layer.
         decay: of the moving averages of the squares.
         eps: as :class:`Factored`'s, as ``relative_eps``, ``bias_correction`` and ``moments``.
 
@@ -51,8 +57,8 @@ class EigenFactored(Factored):
 
     basis_decay: float = 0.95
     refresh_every: int = 10
-    max_size: int = 1024
-    max_cost: float = 4.0
+    max_size: int = 128
+    max_cost: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,13 +70,16 @@ class EigenFactored(Factored):
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
-        """As :class:`Factored`'s, ``column`` in the order S, C; ``second{k}`` and ``basis{k}`` of a turned one."""
+        """As :class:`Factored`'s, ``column`` in the order S, C; ``second{k}`` and ``basis{k}`` of a turned dimension.
+
+        The two are (n / b, b, b), for n elements in parts of b.
+        """
         found = super().state(site, like)
         for k, n in enumerate(site.shape[:2] if len(site.shape) > 1 else ()):
-            affordable = n <= self.max_size and n * n <= self.max_cost * math.prod(site.shape)
-            if n > 1 and affordable and not (site.one_hot and k == 0):
-                found[f"second{k}"] = like.new_zeros(n, n)
-                found[f"basis{k}"] = torch.eye(n, dtype=like.dtype, device=like.device)
+            size = _part(n, min(self.max_size, self.max_cost * math.prod(site.shape) / n))
+            if size > 1 and not (site.one_hot and k == 0):
+                found[f"second{k}"] = like.new_zeros(n // size, size, size)
+                found[f"basis{k}"] = torch.eye(size, dtype=like.dtype, device=like.device).repeat(n // size, 1, 1)
         return found
 
     def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
@@ -82,9 +91,9 @@ class EigenFactored(Factored):
         new = {}
         for k in (0, 1):
             if f"second{k}" in state:
-                unfolded = d.transpose(0, k).flatten(1)
-                old = state[f"second{k}"] * self.basis_decay
-                new[f"second{k}"] = old + (1 - self.basis_decay) * (unfolded @ unfolded.mT)
+                old = state[f"second{k}"]
+                unfolded = d.transpose(0, k).reshape(*old.shape[:2], -1)
+                new[f"second{k}"] = old * self.basis_decay + (1 - self.basis_decay) * (unfolded @ unfolded.mT)
         rows, columns, moments = self.factors(bases.into(d), state, moment.step)
         if moment.site.groups == 1 and d.dim() == 2:
             left, right = (None if u is None else u[None] for u in (bases.first, bases.second))
@@ -101,13 +110,20 @@ class EigenFactored(Factored):
             if second is not None and bool(second.isfinite().all()):
                 fresh = torch.linalg.eigh(second)[1]
                 turn = (fresh.mT @ state[f"basis{k}"]) ** 2
-                state[slot].copy_((state[slot].reshape(-1, len(turn)) @ turn.mT).flatten())
+                blocks = state[slot].reshape(-1, *turn.shape[:2], 1)
+                state[slot].copy_((turn @ blocks).flatten())
                 state[f"basis{k}"].copy_(fresh)
+
+
+def _part(n: int, most: float) -> int:
+    """The largest divisor of n that is at most ``most``; 0 where it is less than a quarter of that."""
+    size = max((d for d in range(1, n + 1) if n % d == 0 and d <= most), default=0)
+    return size if 4 * size >= min(most, n) else 0
 
 
 @dataclass(frozen=True)
 class _Bases:
-    """U_0 (O, O) and U_1 (C, C); None is the coordinates' own.
+    """U_0 of O and U_1 of C elements, in blocks: (k, n / k, n / k); None is the coordinates' own.
 
     Turned columns are in the order S, C, in which a convolution forms them.
     """
@@ -118,25 +134,35 @@ class _Bases:
 
     def turn_rows(self, h: Tensor) -> Tensor:
         """(..., O)."""
-        return h if self.first is None else h.to(self.first.dtype) @ self.first
+        return h if self.first is None else _turn(h.to(self.first.dtype), self.first)
 
     def turn_columns(self, x: Tensor) -> Tensor:
         """(..., C, S) -> (..., S C)."""
         x = x.mT
-        if self.second is not None:  # one product, the basis not repeated
-            x = (x.reshape(-1, self.channels).to(self.second.dtype) @ self.second).reshape(x.shape)
-        return x.flatten(-2)
+        return (x if self.second is None else _turn(x.to(self.second.dtype), self.second)).flatten(-2)
 
     def into(self, t: Tensor, leading: int = 0) -> Tensor:
         """(*leading, O, C, any) -> (*leading, O, S C)."""
         t = self.turn_columns(t.reshape(*t.shape[: leading + 2], -1))
-        return t if self.first is None else self.first.mT @ t.to(self.first.dtype)
+        return t if self.first is None else _turn_left(t.to(self.first.dtype), self.first.mT)
 
     def out(self, t: Tensor) -> Tensor:
         """The inverse: (O, S C) -> (O, C S)."""
-        t = t if self.first is None else self.first @ t
+        t = t if self.first is None else _turn_left(t, self.first)
         t = t.reshape(len(t), -1, self.channels)
-        return (t if self.second is None else t @ self.second.mT).mT.flatten(1)
+        return (t if self.second is None else _turn(t, self.second.mT)).mT.flatten(1)
+
+
+def _turn(t: Tensor, basis: Tensor) -> Tensor:
+    """``t U``: (..., n, d) by blocks (k, d / k, d / k)."""
+    return turn(t.unsqueeze(-3), basis[None]).squeeze(-3)
+
+
+def _turn_left(t: Tensor, basis: Tensor) -> Tensor:
+    """``U t``: (..., d, n) by blocks (k, d / k, d / k)."""
+    if len(basis) == 1:
+        return basis[0] @ t
+    return torch.einsum("kde,...ken->...kdn", basis, t.unflatten(-2, basis.shape[:2])).flatten(-3, -2)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compile_time import networks
-from step import compiled_sgd
+from step import compiled_baseline
 
 import ddpn_fx
 from ddpn_fx.demo import report
@@ -43,7 +43,7 @@ def start(method: str, model: str, chosen: argparse.Namespace) -> dict[str, Any]
     clock, processor = time.perf_counter(), _processor_seconds()
     passes: dict[str, float] = {}
     if method == "SGD":
-        float(compiled_sgd(net, F.cross_entropy, "inductor")(x, y))
+        float(compiled_baseline(net, F.cross_entropy, "inductor")(x, y))
     else:
         compiled = ddpn_fx.compile(net, loss=F.cross_entropy)
         float(ddpn_fx.DDPNOpt(compiled, lr=0.01).train_step(x, y))

@@ -73,26 +73,70 @@ class Contestant:
     first: float = 0.0
 
 
-def compiled_sgd(model: nn.Module, loss: Callable[..., Tensor], backend: str) -> Step:
-    """A training step of plain SGD as one compiled program; buffers are updated too."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    buffers = dict(model.named_buffers())
-    lr = torch.tensor(LR, device=next(iter(parameters.values())).device)
+Update = Callable[[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor], Tensor]  # (u, gradient, its state, lr, step)
 
-    def step(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
+
+def _momentum(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: Tensor, step: Tensor) -> Tensor:
+    """torch.optim.SGD's with momentum 0.9."""
+    state["velocity"] = 0.9 * state["velocity"] + gradient
+    return parameter - lr * state["velocity"]
+
+
+def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], lr: Tensor, step: Tensor) -> Tensor:
+    """torch.optim.Adam's at its default betas and eps."""
+    state["mean"] = 0.9 * state["mean"] + 0.1 * gradient
+    state["square"] = 0.999 * state["square"] + 0.001 * gradient * gradient
+    root = (state["square"] / (1 - 0.999**step)).sqrt() + 1e-8
+    return parameter - lr * state["mean"] / (1 - 0.9**step) / root
+
+
+UPDATES: dict[str, tuple[tuple[str, ...], Update]] = {
+    "SGD": ((), lambda parameter, gradient, state, lr, step: parameter - lr * gradient),
+    "momentum": (("velocity",), _momentum),
+    "Adam": (("mean", "square"), _adam),
+}
+
+
+def compiled_baseline(
+    model: nn.Module, loss: Callable[..., Tensor], backend: str, rule: str = "SGD", rate: float = LR
+) -> Step:
+    """A training step of plain SGD, or another of ``UPDATES``, as one compiled program; buffers are updated too.
+
+    Nothing of torch.optim's Python is left in it: a user's loop takes longer.
+    """
+    slots, update = UPDATES[rule]
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    state = {name: {slot: torch.zeros_like(p) for slot in slots} for name, p in parameters.items()}
+    buffers = dict(model.named_buffers())
+    first = next(iter(parameters.values()))
+    lr, taken = torch.tensor([rate, 0.0], dtype=first.dtype, device=first.device)
+
+    def step(
+        parameters: dict[str, Tensor],
+        state: dict[str, dict[str, Tensor]],
+        buffers: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        lr: Tensor,
+        taken: Tensor,
+    ) -> Tensor:
         def objective(parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             fresh = {name: buffer.clone() for name, buffer in buffers.items()}  # a module may update them in place
             return loss(torch.func.functional_call(model, (parameters, fresh), x), y), fresh
 
         gradients, (value, fresh) = torch.func.grad_and_value(objective, has_aux=True)(parameters)
+        taken.add_(1)
         for name, parameter in parameters.items():
-            parameter.copy_(parameter - lr * gradients[name])
+            new = dict(state[name])
+            parameter.copy_(update(parameter, gradients[name], new, lr, taken))
+            for slot, tensor in new.items():
+                state[name][slot].copy_(tensor)
         for name, buffer in buffers.items():
             buffer.copy_(fresh[name])
         return value
 
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
-    return lambda x, y: compiled(parameters, buffers, x, y, lr)
+    return lambda x, y: compiled(parameters, state, buffers, x, y, lr, taken)
 
 
 def sgd(problem: Problem, backend: str, batch: tuple[Tensor, Tensor]) -> Contestant:
@@ -105,7 +149,7 @@ def sgd(problem: Problem, backend: str, batch: tuple[Tensor, Tensor]) -> Contest
         model.zero_grad()
         return counter.get_total_flops()
 
-    return Contestant(compiled_sgd(model, problem.loss, backend), lambda: list(model.parameters()), flops)
+    return Contestant(compiled_baseline(model, problem.loss, backend), lambda: list(model.parameters()), flops)
 
 
 def plain(name: str, problem: Problem, backend: str) -> Contestant:

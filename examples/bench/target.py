@@ -4,7 +4,7 @@ DDPNOpt is there at its defaults, in the metric "eigen-factored" at one setting,
 with which its best baseline ends, the mean over the seeds. What counts is the first evaluation at which a method's mean
 over the seeds reaches it. Every baseline's step size, and DDPNOpt's setting in the row "tuned", are chosen by one
 training of each on other held-out data than those that are reported. Seconds are steps times the mean of twenty steps,
-measured in turn at the end; a baseline is charged a compiled SGD step, momentum and Adam too, which favours them.
+measured in turn at the end. A baseline is charged its whole step as one compiled program, the update in it.
 
     python examples/bench/target.py --data FOLDER                     all tasks, hours on one core; it is resumed
     python examples/bench/target.py --data FOLDER --tasks mnist-128   a part, and the page of all that is there
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import compiled_sgd
+from step import compiled_baseline
 from tasks import TASKS, Loaded, Task
 from torch import Tensor, nn
 
@@ -176,13 +176,14 @@ class Bench:
         return merit if self.task.higher else -merit
 
     def time(self, chosen: Chosen) -> None:
-        """Milliseconds of a step, in turn: a compiled SGD step, and DDPNOpt's settings."""
-        names = dict.fromkeys(chosen[row][0] for row in ours(chosen))
-        if set(names) <= set(self.record.times.get(self.task.key, {})):
+        """Milliseconds of a step, in turn: the best baseline's, and DDPNOpt's settings."""
+        names, rival = dict.fromkeys(chosen[row][0] for row in ours(chosen)), self.rival(chosen)
+        if {rival, *names} <= set(self.record.times.get(self.task.key, {})):
             return
         loaded = self.loaded()
         batches = list(loaded.batches(self.task.batch, 4, 0))
-        steps: dict[str, Any] = {"SGD": compiled_sgd(loaded.build(), self.task.loss, "inductor")}
+        baseline = compiled_baseline(loaded.build(), self.task.loss, "inductor", rival, chosen[rival][1])
+        steps: dict[str, Any] = {rival: baseline}
         for name in names:
             lr, options = SETTINGS[name]
             steps[name] = ddpn_fx.DDPNOpt(self.net(), lr=lr, **options).train_step
@@ -217,7 +218,7 @@ def summary(bench: Bench, chosen: Chosen) -> dict[str, Any]:
         curve = bench.curve(*chosen[row])
         steps = reached(curve, target, task.higher)
         setting = f"{rival} {chosen[rival][1]:g}" if row == rival else chosen[row][0]
-        ms = times["SGD"] if row == rival else times[chosen[row][0]]
+        ms = times[chosen[row][0]]
         end = curve[-1][1] if curve and curve[-1][0] == task.steps else None
         seconds = None if steps is None else steps * ms / 1e3
         rows[row] = {"setting": setting, "steps": steps, "seconds": seconds, "step_ms": ms, "end": end}
@@ -322,7 +323,8 @@ def main() -> None:
     about = (
         "# Steps and seconds to the best tuned baseline's own merit\n\n"
         f"Mean over {SEEDS} seeds, evaluated some {EVALUATIONS} times a training. Steps and seconds of DDPNOpt are "
-        "over the baseline's. Seconds are steps times a step's mean; a baseline is charged a compiled SGD step. "
+        "over the baseline's. Seconds are steps times a step's mean; a baseline's whole step is one compiled "
+        "program, its update in it. "
         "Freed host memory is kept for all (`ddpn_fx.keep_freed_memory`)."
     )
     pages = [about, table(summaries), *verdict(summaries), f"![merit against steps]({options.out.stem}.png)"]
