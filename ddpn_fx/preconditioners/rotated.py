@@ -7,9 +7,9 @@ in the bases of Shampoo (Gupta et al. 2018). Here the second moments of the turn
 of its columns. So M is a product of two sides, and K_t of a linear layer is one of two small Grams, of its inputs and
 cotangents turned and scaled.
 
-A large dimension is turned in parts, each by a basis of its own, as Distributed Shampoo does (Shi et al. 2023). To turn n
-elements in parts of b takes n b products instead of n^2, and the eigendecompositions n b^2. On the tasks of
-examples/bench/target.py parts of 128 lose nothing against whole dimensions, and more are affordable.
+A large dimension is turned in parts, each by a basis of its own, as Distributed Shampoo does (Shi et al. 2023). To turn
+n elements in parts of b takes n b products instead of n^2, and the eigendecompositions n b^2. On the tasks of
+examples/bench/target.py parts of 128 lose next to nothing against whole dimensions, and more are affordable.
 
 Nothing but D is needed. So any weight of two dimensions or more has it, whichever operators use it and how often. A
 convolution's positions in the kernel keep their coordinates: its columns would have to be turned by a basis of all of
@@ -36,10 +36,10 @@ from ddpn_fx.preconditioners.elementwise import Factored, Outer
 class EigenFactored(Factored):
     """M = U sqrt(r c^T / mean(r)) U^T: :class:`Factored` in the eigenbases of the direction's second moments.
 
-    U = U_0 (x) U_1: the bases of the first two dimensions, in parts where these are large; r and c are the row and column means of the moving average
-    of the squares of d turned by them, its first dimension against the others. Bases are renewed after the first step
-    and after every ``refresh_every`` steps, outside the compiled step; until then they are the identity. A parameter of
-    one dimension is as :class:`Factored`'s.
+    U = U_0 (x) U_1: the bases of the first two dimensions, in parts where these are large; r and c are the row and
+    column means of the moving average of the squares of d turned by them, its first dimension against the others. Bases
+    are renewed after the first step and after every ``refresh_every`` steps, outside the compiled step; until then they
+    are the identity. A parameter of one dimension is as :class:`Factored`'s.
 
     Args:
         basis_decay: of the moving averages that the bases diagonalise.
