@@ -629,6 +629,24 @@ def test_the_fused_program_equals_the_untraced_one(kind):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
+def test_inductor_keeps_a_scale_of_channels_last_weights_as_it_lies():
+    """A metric's small tensors are kept by a view with their strides, those of the weight (`worked_out`)."""
+    results = []
+    for options in ({"disable": True}, {"backend": "inductor"}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).double()
+        model = model.to(memory_format=torch.channels_last)
+        opt = ddpn_fx.DDPNOpt(
+            ddpn_fx.compile(model, loss=F.cross_entropy, **options), lr=0.01, preconditioner="diagonal"
+        )
+        x, y = torch.randn(6, 3, 6, 6, dtype=torch.float64), torch.randint(5, (6,))
+        for _ in range(3):
+            opt.train_step(x, y)
+        assert model[0].weight.stride() == (27, 1, 9, 3)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_is_saved_and_loaded(kind):
     """Two steps, a save, two more: as four without the save; moments of a bfloat16 model stay in float32."""
