@@ -277,7 +277,7 @@ def _solve_rows(root: Tensor, t: Tensor) -> Tensor:
 
 
 def _sides(bases: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """U_G and U_A as :mod:`ddpn_fx.passes.turned` takes them, of one block each."""
+    """U_G and U_A as :mod:`ddpn_fx.passes.turned` takes them, of one part each."""
     rows, columns = (bases[u][:, None] if u in bases else None for u in ("UG", "UA"))
     return rows, columns
 

@@ -109,9 +109,9 @@ class EigenFactored(Factored):
             second = state.get(f"second{k}")
             if second is not None and bool(second.isfinite().all()):
                 fresh = torch.linalg.eigh(second)[1]
-                turn = (fresh.mT @ state[f"basis{k}"]) ** 2
-                blocks = state[slot].reshape(-1, *turn.shape[:2], 1)
-                state[slot].copy_((turn @ blocks).flatten())
+                share = (fresh.mT @ state[f"basis{k}"]) ** 2  # of each old direction in each new one
+                parts = state[slot].reshape(-1, *share.shape[:2], 1)
+                state[slot].copy_((share @ parts).flatten())
                 state[f"basis{k}"].copy_(fresh)
 
 
@@ -123,7 +123,7 @@ def _part(n: int, most: float) -> int:
 
 @dataclass(frozen=True)
 class _Bases:
-    """U_0 of O and U_1 of C elements, in blocks: (k, n / k, n / k); None is the coordinates' own.
+    """U_0 of O and U_1 of C elements, in k parts: (k, O / k, O / k); None is the coordinates' own.
 
     Turned columns are in the order S, C, in which a convolution forms them.
     """
@@ -154,12 +154,12 @@ class _Bases:
 
 
 def _turn(t: Tensor, basis: Tensor) -> Tensor:
-    """``t U``: (..., n, d) by blocks (k, d / k, d / k)."""
+    """``t U``: (..., n, d) by parts (k, d / k, d / k)."""
     return turn(t.unsqueeze(-3), basis[None]).squeeze(-3)
 
 
 def _turn_left(t: Tensor, basis: Tensor) -> Tensor:
-    """``U t``: (..., d, n) by blocks (k, d / k, d / k)."""
+    """``U t``: (..., d, n) by parts (k, d / k, d / k)."""
     if len(basis) == 1:
         return basis[0] @ t
     return torch.einsum("kde,...ken->...kdn", basis, t.unflatten(-2, basis.shape[:2])).flatten(-3, -2)

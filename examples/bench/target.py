@@ -325,8 +325,7 @@ def main() -> None:
         "# Steps and seconds to the best tuned baseline's own merit\n\n"
         f"Mean over {SEEDS} seeds, evaluated some {EVALUATIONS} times a training. Steps and seconds of DDPNOpt are "
         "over the baseline's. Seconds are steps times a step's mean; a baseline's whole step is one compiled "
-        "program, its update in it. "
-        "Freed host memory is kept for all (`ddpn_fx.keep_freed_memory`)."
+        "program, its update in it. Freed host memory is kept for all (`ddpn_fx.keep_freed_memory`)."
     )
     pages = [about, table(summaries), *verdict(summaries), f"![merit against steps]({options.out.stem}.png)"]
     page = "\n\n".join([*pages, report.describe(report.environment())]) + "\n"
