@@ -1,4 +1,4 @@
-"""Dtypes: which values have a derivative, what inner products are taken over, what sums are kept in."""
+"""Values: which have a derivative, what inner products are taken over, what sums are kept in, what is kept at all."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ of its columns. So M is a product of two sides, and K_t of a linear layer is one
 cotangents turned and scaled.
 
 A large dimension is turned in parts, each by a basis of its own, as Distributed Shampoo does (Shi et al. 2023). To turn
-n elements in parts of b takes n b products instead of n^2, and the eigendecompositions n b^2. On the tasks of
-examples/bench/target.py parts of 128 lose next to nothing against whole dimensions, and more are affordable.
+n elements in parts of b takes n b products instead of n^2, and the eigendecompositions n b^2. It costs steps on some
+tasks and saves them on others, where more dimensions are affordable (docs/notes.md).
 
 Nothing but D is needed. So any weight of two dimensions or more has it, whichever operators use it and how often. A
 convolution's positions in the kernel keep their coordinates: its columns would have to be turned by a basis of all of
@@ -45,8 +45,8 @@ class EigenFactored(Factored):
         basis_decay: of the moving averages that the bases diagonalise.
         refresh_every: steps between two eigendecompositions.
         max_size: most elements of a dimension that are turned together. A larger dimension is cut into equal parts,
-            each with a basis of its own; one that cannot be (a prime number), and an embedding's indices, keep their
-            coordinates.
+            each with a basis of its own; one without a divisor of a quarter of what is allowed (a prime number), and an
+            embedding's indices, keep their coordinates.
         max_cost: a part has at most this times as many elements as the weight has for each of the dimension: to turn a
             layer's inputs or cotangents takes so many forward passes of the layer.
         decay: of the moving averages of the squares.
