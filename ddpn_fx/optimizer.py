@@ -35,10 +35,11 @@ class DDPNOpt(Optimizer):
 
     Args:
         net: what :func:`ddpn_fx.compile` returned.
-        lr: step size eta, the inverse weight of the control's cost; 1.0 works over two decades.
+        lr: step size eta, the inverse weight of the control's cost. None: the metric's own, 1.0, which works over two
+            decades, and 0.01 in the diagonal and the factored metrics, whose eta is of Adam's scale.
         preconditioner: the metric M of Table 2: ``"identity"``, ``"diagonal"``, ``"factored"``, ``"eigen-factored"``,
             ``"kronecker"``, ``"eigen-kronecker"``, or an object (:mod:`ddpn_fx.preconditioners` has these and their
-            options). For the diagonal and the factored ones lr is of Adam's scale, 0.01.
+            options).
         terminal: the model of the loss: ``"bound"``, ``"residual"``, ``"gradient"``, ``"exact"``, ``"sampled"``.
         rank: columns of the terminal factor; None: all.
         curvature: for ``terminal="bound"`` and a loss that is not known: an upper bound of its Hessian.
@@ -75,7 +76,7 @@ class DDPNOpt(Optimizer):
     def __init__(
         self,
         net: CompiledModule,
-        lr: float | Tensor = 1.0,
+        lr: float | Tensor | None = None,
         *,
         preconditioner: str | Preconditioner = "identity",
         terminal: str = "bound",
@@ -123,6 +124,8 @@ class DDPNOpt(Optimizer):
         self._kept = Kept()
         self._faults = Faults()
         self._fold_allowed = not isinstance(gain, Tensor)
+        if lr is None:
+            lr = getattr(self._preconditioner, "default_lr", 1.0)
         super().__init__(initial_groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @classmethod

@@ -130,7 +130,7 @@ def blocks(state, k):
 
 
 class DenseEigenFactored(DenseFactored):
-    """The factored metric of d turned along its first two dimensions, turned back; the bases change as those of EKFAC.
+    """The factored metric of d as a matrix (O, S C), turned from both sides and back; the bases change as those of EKFAC.
 
     Few samples leave a null space, whose basis is anyone's: once checked, the program's own is taken.
     """
@@ -140,18 +140,21 @@ class DenseEigenFactored(DenseFactored):
     def __call__(self, name, u, G, c):
         if u.dim() < 2:
             return super().__call__(name, u, G, c)
-        d = ((c @ G).reshape(u.shape) + self.weight_decay * u).reshape(*u.shape[:2], -1)
+        count = u.shape[0], u.shape[1], u[0, 0].numel()
+        d = ((c @ G).reshape(u.shape) + self.weight_decay * u).reshape(count)
         beta = self.p.basis_decay
-        for k, outer in enumerate((torch.einsum("ocs,pcs->op", d, d), torch.einsum("ocs,ods->cd", d, d))):
+        inputs = torch.einsum("ocs,odt->sctd", d, d).reshape(2 * (count[1] * count[2],))
+        for k, outer in enumerate((torch.einsum("ocs,pcs->op", d, d), inputs)):
             self.kept[f"{name}{k}"] = beta * self.kept.get(f"{name}{k}", 0.0) + (1 - beta) * outer
-        first, second = self.bases.setdefault(name, (eye(d.shape[0]), eye(d.shape[1])))
-        square = torch.einsum("ocs,op,cd->pds", d, first, second) ** 2
-        row, column = self.average(name + "r", square.mean((1, 2))), self.average(name + "c", square.mean(0))
+        first, second = self.bases.setdefault(name, (eye(len(d)), eye(len(inputs))))
+        by_input = second.reshape(count[2], count[1], -1)
+        square = torch.einsum("ocs,op,sci->pi", d, first, by_input) ** 2
+        row, column = self.average(name + "r", square.mean(1)), self.average(name + "c", square.mean(0))
         floor = self.p.relative_eps**2 * row.mean() + self.p.eps**2
-        m = (torch.einsum("o,cs->ocs", row + floor, column + floor) / (row.mean() + floor)).sqrt().flatten().diag()
+        m = (torch.outer(row + floor, column + floor) / (row.mean() + floor)).sqrt().flatten().diag()
         if self.step == 1 or self.step % self.p.refresh_every == 0:
             self.renewed.append((name, (first, second)))
-        U = torch.kron(torch.kron(first, second), eye(d.shape[2]))
+        U = torch.einsum("op,sci->ocspi", first, by_input).reshape(u.numel(), -1)
         return U @ m @ U.T
 
     def adopt(self, state):
@@ -448,24 +451,24 @@ def test_eigen_factored_of_grouped_convolutions_embeddings_and_positions():
         for name, d in grads.items():
             if d.dim() < 2:
                 continue
-            d = d.flatten(2) if d.dim() > 2 else d[..., None]
-            u, v = bases.get(name, (eye(d.shape[0]), eye(d.shape[1])))
-            turned = torch.einsum("ocs,op,cd->pds", d, u, v)
+            d = (d.flatten(2) if d.dim() > 2 else d[..., None]).transpose(1, 2)  # (O, S, C)
+            u, v = bases.get(name, (eye(d.shape[0]), eye(d[0].numel())))
+            turned = u.T @ d.flatten(1) @ v
             square = turned**2
-            means = square.mean((1, 2)), square.mean(0)
+            means = square.mean(1), square.mean(0)
             old = averages.get(name, [torch.zeros_like(m) for m in means])
             averages[name] = [0.9 * o + 0.1 * m for o, m in zip(old, means, strict=True)]
             row, column = (a / (1 - 0.9**step) for a in averages[name])
             floor = 0.01 * row.mean()
-            m = (torch.einsum("o,cs->ocs", row + floor, column + floor) / (row.mean() + floor)).sqrt()
-            change = torch.einsum("pds,op,cd->ocs", turned / m, u, v)
+            m = (torch.outer(row + floor, column + floor) / (row.mean() + floor)).sqrt()
+            change = (u @ (turned / m) @ v.T).reshape(d.shape).transpose(1, 2)
             want = before[name] - 0.03 * change.reshape(before[name].shape)
             got = dict(model.named_parameters())[name]
             torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9, msg=f"{name}, step {step}")
             kept = opt.state[got]
             assert ("basis0" in kept) == (name != "word.weight")
-            assert ("basis1" in kept) == (d.shape[1] > 1)
-            new = [whole(kept, k, d.shape[k]) for k in (0, 1)]
+            assert "basis1" in kept
+            new = [whole(kept, k, n) for k, n in enumerate((d.shape[0], d[0].numel()))]
             averages[name][0] = (new[0].T @ u) ** 2 @ averages[name][0]
             averages[name][1] = (new[1].T @ v) ** 2 @ averages[name][1]
             bases[name] = new
@@ -498,8 +501,10 @@ def test_eigen_factored_without_bases_is_factored(name):
         ((1536, 512), {}, (128, 128)),
         ((127, 64), {}, (None, 64)),  # prime
         ((62, 30), {}, (None, 30)),  # parts of 2 are not worth it
-        ((40, 4, 3, 3), {}, (20, 4)),
-        ((4, 1, 3, 3), {}, (4, None)),
+        ((40, 4, 3, 3), {}, (20, 36)),  # a kernel's inputs: at most max_size
+        ((4, 32, 3, 3), {}, (4, 96)),
+        ((4, 1, 3, 3), {"max_cost": 0.0}, (None, 9)),
+        ((4, 32, 1, 1), {}, (4, 4)),
         ((7,), {}, (None, None)),
     ],
 )
@@ -507,7 +512,7 @@ def test_eigen_factored_turns_dimensions_in_parts_that_it_can_afford(shape, opti
     state = EigenFactored(**options).state(ddpn_fx.preconditioners.Site("w", shape), torch.zeros(()))
     for k, size in enumerate(sizes):
         found = state[f"basis{k}"].shape if f"basis{k}" in state else None
-        assert found == (None if size is None else (shape[k] // size, size, size))
+        assert found == (None if size is None else ((shape[0], math.prod(shape[1:]))[k] // size, size, size))
 
 
 def test_eigen_factored_leaves_a_basis_alone_that_it_cannot_renew():
@@ -720,6 +725,21 @@ def test_an_object_of_the_users_own_is_half_the_step_size():
         opt.train_step(inputs, target)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("given", "lr"),
+    [
+        *(("identity", 1.0), ("kronecker", 1.0), ("eigen-kronecker", 1.0), (Halved(), 1.0)),
+        *(("diagonal", 0.01), ("factored", 0.01), ("eigen-factored", 0.01), (EigenFactored(decay=0.9), 0.01)),
+    ],
+)
+def test_the_step_size_is_the_metric_s_own_where_none_is_given(given, lr):
+    net = ddpn_fx.compile(nn.Linear(2, 2), loss=F.cross_entropy)
+    groups = [{"params": [net.get_parameter("weight")]}, {"params": [net.get_parameter("bias")], "lr": 0.3}]
+    opt = ddpn_fx.DDPNOpt(net, preconditioner=given, params=groups)
+    assert [g["lr"] for g in opt.param_groups] == [lr, 0.3]
+    assert ddpn_fx.DDPNOpt(net, 0.2, preconditioner=given).param_groups[0]["lr"] == 0.2
 
 
 @pytest.mark.parametrize(

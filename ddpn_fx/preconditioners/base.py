@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,7 +14,9 @@ MOMENTS = ("gradient", "value")
 
 @dataclass(frozen=True)
 class Base:
-    """What all have: ``moments``, and no work beside the step."""
+    """What all have: ``moments``, no work beside the step, and the step size of ``DDPNOpt(lr=None)``."""
+
+    default_lr: ClassVar[float] = 1.0
 
     @property
     def moments(self) -> str:

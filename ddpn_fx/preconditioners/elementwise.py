@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -31,6 +32,7 @@ class Diagonal(Base):
     relative_eps: float = 0.0
     bias_correction: bool = False
     moments: str = "gradient"
+    default_lr: ClassVar[float] = 0.01
 
     def __post_init__(self) -> None:
         self.check(
@@ -73,6 +75,7 @@ class Factored(Base):
     relative_eps: float = 0.01
     bias_correction: bool = True
     moments: str = "gradient"
+    default_lr: ClassVar[float] = 0.01
 
     def __post_init__(self) -> None:
         self.check(

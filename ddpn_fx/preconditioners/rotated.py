@@ -1,21 +1,20 @@
 """Adafactor's metric in the coordinates in which a weight's gradient is decorrelated: the bases are Shampoo's.
 
-A weight's direction D has a second moment along either of its first two dimensions, ``E[D D^T]`` of its unfoldings: for
-a linear layer E[D D^T] and E[D^T D]. In their eigenbases the elements of D are next to uncorrelated, so that a diagonal
-metric there says more than one in the coordinates that the user happens to have: this is SOAP (Vyas et al. 2024), Adam
-in the bases of Shampoo (Gupta et al. 2018). Here the second moments of the turned D are those of its rows times those
-of its columns. So M is a product of two sides, and K_t of a linear layer is one of two small Grams, of its inputs and
-cotangents turned and scaled.
+A weight's direction, as a matrix D of outputs by inputs, has the second moments ``E[D D^T]`` and ``E[D^T D]``. In their
+eigenbases the elements of D are next to uncorrelated, so that a diagonal metric there says more than one in the
+coordinates that the user happens to have: this is SOAP (Vyas et al. 2024), Adam in the bases of Shampoo (Gupta et al.
+2018). Here the second moments of the turned D are those of its rows times those of its columns. So M is a product of
+two sides, and K_t of a linear layer is one of two small Grams, of its inputs and cotangents turned and scaled.
 
-A large dimension is turned in parts, each by a basis of its own, as Distributed Shampoo does (Shi et al. 2023). To turn
-n elements in parts of b takes n b products instead of n^2, and the eigendecompositions n b^2. It costs steps on some
-tasks and saves them on others, where more dimensions are affordable (docs/notes.md).
+A large side is turned in parts, each by a basis of its own, as Distributed Shampoo does (Shi et al. 2023). To turn n
+elements in parts of b takes n b products instead of n^2, and the eigendecompositions n b^2. It costs steps on some
+tasks and saves them on others, where more sides are affordable (docs/notes.md).
 
 Nothing but D is needed. So any weight of two dimensions or more has it, whichever operators use it and how often. A
-convolution's positions in the kernel keep their coordinates: its columns would have to be turned by a basis of all of
-its inputs, channels times positions, which costs more than their Gram (docs/notes.md has what it gains).
+convolution's inputs are its channels at every position of the kernel, in the order S, C in which it takes them: a part
+has the channels of some neighbouring positions.
 
-Shapes: O and C the first two dimensions of the weight, S the others' elements (1 of a linear layer), I = C S.
+Shapes: O and C the first two dimensions of the weight, S the others' elements (1 of a linear layer), I = S C.
 """
 
 from __future__ import annotations
@@ -36,19 +35,20 @@ from ddpn_fx.preconditioners.elementwise import Factored, Outer
 class EigenFactored(Factored):
     """M = U sqrt(r c^T / mean(r)) U^T: :class:`Factored` in the eigenbases of the direction's second moments.
 
-    U = U_0 (x) U_1: the bases of the first two dimensions, in parts where these are large; r and c are the row and
-    column means of the moving average of the squares of d turned by them, its first dimension against the others. Bases
-    are renewed after the first step and after every ``refresh_every`` steps, outside the compiled step; until then they
-    are the identity. A parameter of one dimension is as :class:`Factored`'s.
+    U = U_0 (x) U_1: the bases of outputs and inputs, the first dimension against the others, in parts where these are
+    large; r and c are the row and column means of the moving average of the squares of d turned by them. Bases are
+    renewed after the first step and after every ``refresh_every`` steps, outside the compiled step; until then they are
+    the identity. A parameter of one dimension is as :class:`Factored`'s.
 
     Args:
         basis_decay: of the moving averages that the bases diagonalise.
         refresh_every: steps between two eigendecompositions.
-        max_size: most elements of a dimension that are turned together. A larger dimension is cut into equal parts,
-            each with a basis of its own; one without a divisor of a quarter of what is allowed (a prime number), and an
-            embedding's indices, keep their coordinates.
-        max_cost: a part has at most this times as many elements as the weight has for each of the dimension: to turn a
-            layer's inputs or cotangents takes so many forward passes of the layer.
+        max_size: most elements of a side that are turned together. A larger side is cut into equal parts, each with a
+            basis of its own; one without a divisor of a quarter of what is allowed (a prime number), and an embedding's
+            indices, keep their coordinates.
+        max_cost: a part has at most this times as many elements as the other side: to turn a layer's inputs or
+            cotangents takes so many forward passes of the layer. It does not bound the inputs of a kernel of more than
+            one position: they are turned once a sample or once a position, whichever is less.
         decay: of the moving averages of the squares.
         eps: as :class:`Factored`'s, as ``relative_eps``, ``bias_correction`` and ``moments``.
 
@@ -70,13 +70,17 @@ class EigenFactored(Factored):
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
-        """As :class:`Factored`'s, ``column`` in the order S, C; ``second{k}`` and ``basis{k}`` of a turned dimension.
+        """As :class:`Factored`'s, ``column`` in the order S, C; ``second{k}`` and ``basis{k}`` of a side that is turned.
 
-        The two are (n / b, b, b), for n elements in parts of b.
+        The two are (n / b, b, b), for n elements in parts of b; k is 0 for outputs and 1 for inputs.
         """
         found = super().state(site, like)
-        for k, n in enumerate(site.shape[:2] if len(site.shape) > 1 else ()):
-            size = _part(n, min(self.max_size, self.max_cost * math.prod(site.shape) / n))
+        if len(site.shape) < 2:
+            return found
+        sides = site.shape[0], math.prod(site.shape[1:])
+        for k, n in enumerate(sides):
+            kernel = k == 1 and n > site.shape[1]
+            size = _part(n, self.max_size if kernel else min(self.max_size, self.max_cost * sides[1 - k]))
             if size > 1 and not (site.one_hot and k == 0):
                 found[f"second{k}"] = like.new_zeros(n // size, size, size)
                 found[f"basis{k}"] = torch.eye(size, dtype=like.dtype, device=like.device).repeat(n // size, 1, 1)
@@ -86,20 +90,20 @@ class EigenFactored(Factored):
         """Second moments of the batch at hand included, in the present bases."""
         if "row" not in state:
             return super().metric(moment, state)
-        d = moment.direction.to(moment.dtype)
-        bases = _Bases(state.get("basis0"), state.get("basis1"), d.shape[1])
+        d = _matrix(moment.direction.to(moment.dtype))
+        bases = _Bases(state.get("basis0"), state.get("basis1"))
         new = {}
-        for k in (0, 1):
+        for k, side in enumerate((d, d.mT)):
             if f"second{k}" in state:
                 old = state[f"second{k}"]
-                unfolded = d.transpose(0, k).reshape(*old.shape[:2], -1)
-                new[f"second{k}"] = old * self.basis_decay + (1 - self.basis_decay) * (unfolded @ unfolded.mT)
+                parts = side.reshape(*old.shape[:2], -1)
+                new[f"second{k}"] = old * self.basis_decay + (1 - self.basis_decay) * (parts @ parts.mT)
         rows, columns, moments = self.factors(bases.into(d), state, moment.step)
-        if moment.site.groups == 1 and d.dim() == 2:
+        if moment.site.groups == 1 and moment.direction.dim() == 2:
             left, right = (None if u is None else u[None] for u in (bases.first, bases.second))
             turned = Turned(moment.gamma, moment.site, left, right, d.dtype)
-            return _TurnedProduct(rows, columns, bases, turned), new | moments
-        return _TurnedOuter(rows, columns, bases), new | moments
+            return _TurnedProduct(rows, columns, moment.direction.shape, bases, turned), new | moments
+        return _TurnedOuter(rows, columns, moment.direction.shape, bases), new | moments
 
     def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
         """Renew the bases; the second moments are carried over as far as their diagonals go."""
@@ -110,8 +114,7 @@ class EigenFactored(Factored):
             if second is not None and bool(second.isfinite().all()):
                 fresh = torch.linalg.eigh(second)[1]
                 share = (fresh.mT @ state[f"basis{k}"]) ** 2  # of each old direction in each new one
-                parts = state[slot].reshape(-1, *share.shape[:2], 1)
-                state[slot].copy_((share @ parts).flatten())
+                state[slot].copy_((share @ state[slot].reshape(*share.shape[:2], 1)).flatten())
                 state[f"basis{k}"].copy_(fresh)
 
 
@@ -121,36 +124,35 @@ def _part(n: int, most: float) -> int:
     return size if 4 * size >= min(most, n) else 0
 
 
+def _matrix(t: Tensor, leading: int = 0) -> Tensor:
+    """A weight as a matrix: (*leading, O, C, any) -> (*leading, O, S C)."""
+    return t.reshape(*t.shape[: leading + 2], -1).mT.flatten(-2)
+
+
 @dataclass(frozen=True)
 class _Bases:
-    """U_0 of O and U_1 of C elements, in k parts: (k, O / k, O / k); None is the coordinates' own.
-
-    Turned columns are in the order S, C, in which a convolution forms them.
-    """
+    """U_0 of O and U_1 of I elements, in k parts: (k, O / k, O / k); None is the coordinates' own."""
 
     first: Tensor | None
     second: Tensor | None
-    channels: int
 
     def turn_rows(self, h: Tensor) -> Tensor:
         """(..., O)."""
         return h if self.first is None else _turn(h.to(self.first.dtype), self.first)
 
     def turn_columns(self, x: Tensor) -> Tensor:
-        """(..., C, S) -> (..., S C)."""
-        x = x.mT
-        return (x if self.second is None else _turn(x.to(self.second.dtype), self.second)).flatten(-2)
+        """(..., I)."""
+        return x if self.second is None else _turn(x.to(self.second.dtype), self.second)
 
-    def into(self, t: Tensor, leading: int = 0) -> Tensor:
-        """(*leading, O, C, any) -> (*leading, O, S C)."""
-        t = self.turn_columns(t.reshape(*t.shape[: leading + 2], -1))
+    def into(self, t: Tensor) -> Tensor:
+        """``U_0^T t U_1``: (..., O, I)."""
+        t = self.turn_columns(t)
         return t if self.first is None else _turn_left(t.to(self.first.dtype), self.first.mT)
 
     def out(self, t: Tensor) -> Tensor:
-        """The inverse: (O, S C) -> (O, C S)."""
+        """The inverse."""
         t = t if self.first is None else _turn_left(t, self.first)
-        t = t.reshape(len(t), -1, self.channels)
-        return (t if self.second is None else _turn(t, self.second.mT)).mT.flatten(1)
+        return t if self.second is None else _turn(t, self.second.mT)
 
 
 def _turn(t: Tensor, basis: Tensor) -> Tensor:
@@ -167,24 +169,26 @@ def _turn_left(t: Tensor, basis: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _TurnedOuter(Outer):
-    """M = U (diag(rows) (x) diag(columns)) U^T."""
+    """M = U (diag(rows) (x) diag(columns)) U^T, columns in the order S, C."""
 
+    shape: tuple[int, ...]
     bases: _Bases
 
     @property
     def sides(self) -> tuple[Map, Map]:
-        return (
-            lambda h: self.bases.turn_rows(h) * self.rows.rsqrt(),
-            lambda x: self.bases.turn_columns(x.unflatten(-1, (self.bases.channels, -1))) * self.columns.rsqrt(),
-        )
+        def columns(x: Tensor) -> Tensor:
+            x = x.unflatten(-1, (self.shape[1], -1)).mT.flatten(-2)
+            return self.bases.turn_columns(x) * self.columns.rsqrt()
+
+        return lambda h: self.bases.turn_rows(h) * self.rows.rsqrt(), columns
 
     def solve(self, direction: Tensor) -> Tensor:
-        turned = self.bases.into(direction.to(self.rows.dtype))
-        return self.bases.out(turned / self.scale).reshape(direction.shape)
+        turned = self.bases.into(_matrix(direction.to(self.rows.dtype)))
+        solved = self.bases.out(turned / self.scale)
+        return solved.unflatten(1, (-1, self.shape[1])).mT.reshape(self.shape)
 
     def whiten(self, columns: Tensor) -> Tensor:
-        turned = self.bases.into(columns.to(self.rows.dtype), leading=2)
-        return turned * self.scale.rsqrt()
+        return self.bases.into(_matrix(columns.to(self.rows.dtype), leading=2)) * self.scale.rsqrt()
 
 
 @dataclass(frozen=True)
