@@ -242,9 +242,12 @@ class _Run:
                 gammas, factor = exact(chain, self.trajectory, linear, omega, stage), torch.ones_like(omega[:, :1])
             parts = []
             for gamma in gammas.of(self.program.controls[stage]):
-                direction, metric = gamma.contract(factor), linear.metrics.get(gamma.name)
+                name, direction = gamma.name, gamma.contract(factor)
+                metric, frame = linear.metrics.get(name), linear.frames.get(name)
+                direction = linear.framed(name, direction) if chain.has_statistics else direction
                 solved = direction if metric is None else metric.solve(direction)
-                parts.append((-hyper.lr[self.program.group[gamma.name]] * solved).flatten().double())
+                solved = solved if frame is None else frame.out(solved)
+                parts.append((-hyper.lr[self.program.group[name]] * solved).flatten().double())
             found.append(torch.cat(parts))
         return torch.stack(found, 1)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpn_fx.passes.frame import frame_of
 from ddpn_fx.passes.mode import state_key
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
@@ -35,11 +36,12 @@ class Kept:
             if not (averaged or mode.preconditioner):  # asking for an entry of torch's state makes one
                 continue
             kept = state[params[name]]
+            slots = {slot: kept[slot] for slot in self._slots_of(program, name, params, kept)}
+            found |= {state_key(slot, name): tensor for slot, tensor in slots.items()}
             if averaged:
                 if kept.get(mode.buffer) is None:
-                    kept[mode.buffer] = torch.zeros_like(params[name], memory_format=torch.preserve_format)
+                    kept[mode.buffer] = _average(program, name, params, slots)
                 found[state_key(mode.buffer, name)] = kept[mode.buffer]
-            found |= {state_key(slot, name): kept[slot] for slot in self._slots_of(program, name, params, kept)}
         if mode.counts:
             if self.count is None:
                 self.count = _zero(params)
@@ -86,6 +88,13 @@ class Kept:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"count": self.count, "taken": self.taken, "_slots": {}}
+
+
+def _average(program: Program, name: str, params: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:
+    """An average of no directions yet, in the parameter's frame where it has one."""
+    preconditioner, like = program.mode.preconditioner, torch.zeros_like(params[name])
+    frame = None if preconditioner is None else frame_of(preconditioner, program.sites(params)[name], slots)
+    return like if frame is None else torch.zeros_like(frame.into(like))
 
 
 def _zero(params: Mapping[str, Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from ddpn_fx.passes import bellman
 from ddpn_fx.passes import loss as losses
 from ddpn_fx.passes.derive import Twin
+from ddpn_fx.passes.frame import Frame, FramedGamma, frame_of
 from ddpn_fx.passes.gamma import Gamma, Gammas
 from ddpn_fx.passes.ir import Chain, Stage
 from ddpn_fx.passes.linearize import pullback
@@ -45,6 +46,7 @@ class Linearization:
         decay: per stage v_t, (G, n), or None.
         policies: per stage.
         folded: (omega, sum K, sum v) where the solves are folded.
+        frames: parameter name -> its frame, where its metric and directions are in one.
         metrics: parameter name -> its metric, where the preconditioner is not the identity.
         metric_state: what the preconditioner keeps, by key.
         clamps: eigenvalues clamped so far.
@@ -61,10 +63,15 @@ class Linearization:
     decay: list[Tensor | None] = field(default_factory=list)
     policies: list[bellman.Policy] = field(default_factory=list)
     folded: tuple[Tensor, Tensor, Tensor] | None = None
+    frames: dict[str, Frame] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
     metric_state: dict[str, Tensor] = field(default_factory=dict)
     clamps: Tensor | None = None
     fault: Tensor | None = None
+
+    def framed(self, name: str, value: Tensor) -> Tensor:
+        """A tensor of a parameter's shape in the parameter's frame."""
+        return self.frames[name].into(value) if name in self.frames else value
 
 
 def backward(
@@ -233,12 +240,18 @@ class _Recursion:
             return
         # Of the sample's own loss: b counts each sample by its share of the batch's loss.
         own = b * linear.blocks.batch
+        for gamma in list(linear.gammas.of(self.controls[stage.index])):
+            frame = frame_of(preconditioner, self.sites[gamma.name], slots_of(gamma.name, self.state))
+            if frame is not None:
+                linear.frames[gamma.name] = frame
+                blocks = linear.blocks if self.mode.feedback else None
+                linear.gammas.include(FramedGamma(gamma, frame, self.sites[gamma.name], blocks))
         for gamma, whole in self._with_directions(stage, b):
             name = gamma.name
             with origin({"role": "metric", "stage": stage.index, "module_path": name}):
-                value = self.params[name]
-                direction = whole.to(value.dtype)
+                direction = whole if name in linear.frames else whole.to(self.params[name].dtype)
                 if self._decays(name):
+                    value = linear.framed(name, self.params[name])
                     direction = direction + self.hyper.weight_decay[self.group[name]] * value
                 moment = Moment(self.sites[name], gamma, direction, own, self.state["step"] + 1, linear.gammas.dtype)
                 linear.metrics[name], new = preconditioner.metric(moment, slots_of(name, self.state))
@@ -258,7 +271,7 @@ class _Recursion:
             first = 0 if self.mode.preconditioner.moments == "gradient" else stage.index
             self._exact = b, exact(self.chain, self.trajectory, linear, b, first)
         for gamma, through in zip(linear.gammas.of(names), self._exact[1].of(names), strict=True):
-            yield gamma, through.contract(torch.ones_like(b[:, :1]))
+            yield gamma, linear.framed(gamma.name, through.contract(torch.ones_like(b[:, :1])))
 
     def _gram(self, stage: Stage) -> tuple[Tensor, Tensor | None]:
         """eta K_t and v_t of one stage."""
@@ -271,7 +284,7 @@ class _Recursion:
                 term = hyper.lr[g] * gamma.gram(blocks, metric).to(linear.gammas.dtype)
                 gram = term if gram is None else gram + term
                 if self._decays(gamma.name):
-                    value = self.params[gamma.name]
+                    value = linear.framed(gamma.name, self.params[gamma.name])
                     inner = gamma.inner(value if metric is None else metric.solve(value).to(value.dtype))
                     assert inner is not None
                     term = blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * inner.to(linear.gammas.dtype))

@@ -73,8 +73,8 @@ class Rollout:
         for stage in self.chain.stages:
             for gamma in self.linear.gammas.of(self.controls[stage.index]):
                 with origin({"role": "update", "stage": stage.index, "module_path": gamma.name}):
-                    gradient = gamma.contract(self.linear.weight)
-                    change = self._change(gamma.name, gradient)
+                    change = self._change(gamma.name, gamma.contract(self.linear.weight))
+                    gradient = gamma.plain.contract(self.linear.weight)  # the same as the framed one's, once merged
                     predicted = predicted - (gradient * change).sum().to(predicted.dtype)
         zero = torch.zeros_like(predicted)
         return self._statistics(predicted, zero, predicted.isfinite(), zero)
@@ -131,44 +131,49 @@ class Rollout:
             dx = real(env[node] - self.trajectory.env[node]).to(dtype).reshape(batch, -1)
             total = total + torch.einsum("rbd,bd->br", real(z).to(dtype).reshape(columns, batch, -1), dx)
         for gamma in linear.gammas.of(self.changes):
-            later = gamma.inner(self.changes[gamma.name], first_stage=stage.index)
+            later = gamma.plain.inner(self.changes[gamma.name], first_stage=stage.index)
             total = total if later is None else total + later.to(dtype)
         return linear.blocks.columns_of(total)
 
     def _update(self, stage: Stage, omega: Tensor) -> None:
         """du of a stage's controls for its omega, (G, n)."""
         weighted = self.linear.blocks.merge(omega) * self.linear.weight
-        gammas, factor = self.linear.gammas, weighted
-        if self.chain.has_statistics:
+        gammas, factor, through = self.linear.gammas, weighted, self.chain.has_statistics
+        if through:
             if self._exact is None or self._exact[0] is not omega:
                 first = 0 if self.linear.folded is not None else stage.index
                 self._exact = omega, exact(self.chain, self.trajectory, self.linear, weighted, first)
             gammas, factor = self._exact[1], torch.ones_like(weighted[:, :1])
         for gamma in gammas.of(self.controls[stage.index]):
             with origin({"role": "update", "stage": stage.index, "module_path": gamma.name}):
-                self._change(gamma.name, gamma.contract(factor))
+                direction = gamma.contract(factor)
+                self._change(gamma.name, self.linear.framed(gamma.name, direction) if through else direction)
 
     def _change(self, name: str, direction: Tensor) -> Tensor:
         """du of one parameter: ``-eta M^-1 (Gamma omega + wd u)``, through momentum or beta1's average.
 
+        The direction, and what is kept of it, is in the parameter's frame, where there is one.
         As in torch.optim, beta1 averages what M^-1 then divides, and momentum what it has divided.
         """
         g = self.group[name]
         value = self.trajectory.parameters.params[name]
-        direction = direction.to(value.dtype)
+        frame = self.linear.frames.get(name)
+        direction = direction if frame else direction.to(value.dtype)
         if self.mode.decay[g] and not self.mode.decoupled:
-            direction = direction + self.hyper.weight_decay[g] * value
+            direction = direction + self.hyper.weight_decay[g] * self.linear.framed(name, value)
         key, metric = state_key(self.mode.buffer, name), self.linear.metrics.get(name)
         if self.mode.average:
             beta1 = self.hyper.beta1
             self.new_state[key] = beta1 * self.state[key] + (1 - beta1) * direction
             direction = self.new_state[key] / (1 - beta1 ** self.new_state["step"])
         if metric is not None:
-            direction = metric.solve(direction).to(value.dtype)
+            direction = metric.solve(direction).to(direction.dtype)
         if not self.mode.average and self.mode.momentum[g]:
             direction = self.hyper.momentum[g] * self.state[key] + direction
             self.new_state[key] = direction
         change = -self.hyper.lr[g] * direction
+        if frame is not None:
+            change = frame.out(change).to(value.dtype)
         if self.mode.decay[g] and self.mode.decoupled:
             change = change - self.hyper.lr[g] * self.hyper.weight_decay[g] * value
         self.changes[name] = change

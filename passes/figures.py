@@ -125,7 +125,7 @@ class Figures:
         if decays and decay is not None:
             square = square + 2 * (vector * decay).sum()
             for name in self._decaying(t):
-                value = self.params[name]
+                value = self.linear.framed(name, self.params[name])
                 square = square + self._square(name, self.hyper.weight_decay[self.group[name]] * value)
         return square.clamp(min=0.0).sqrt()
 
@@ -134,7 +134,7 @@ class Figures:
         total = self.linear.weight.new_zeros(())
         decaying = self._decaying(t) if decays else []
         for gamma in self.linear.gammas.of(self.controls[t]):
-            value = self.params[gamma.name]
+            value = self.linear.framed(gamma.name, self.params[gamma.name])
             direction = gamma.contract(weight).to(value.dtype)
             if gamma.name in decaying:
                 direction = direction + self.hyper.weight_decay[self.group[gamma.name]] * value

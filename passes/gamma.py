@@ -70,6 +70,11 @@ class Gamma:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
 
+    @property
+    def plain(self) -> Gamma:
+        """Gamma in the parameter's own coordinates."""
+        return self
+
     def form(self, blocks: Blocks) -> None:
         """Form the columns of one use now, where these are the cheaper way to K (:meth:`~rules.Rule.form`)."""
         (entry, *others) = self.entries

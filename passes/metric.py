@@ -130,6 +130,8 @@ class Moment:
 class Preconditioner(Protocol):
     """What makes M (``ddpn_fx.preconditioners``); hashable, since another one is another program.
 
+    It may have ``frame(site, slots) -> Frame | None``: coordinates in which a parameter's directions, its metric, and
+    the averages of momentum and beta1 are (:mod:`ddpn_fx.passes.frame`); ``refresh`` then turns these averages as well.
     It may say ``default_lr``, the step size of ``DDPNOpt(lr=None)``; 1.0 where it does not.
     ``moments``: ``"gradient"``: from Gamma b_T; ``"value"``: from V of the recursion, Gamma b_{t+1} (the paper).
     """

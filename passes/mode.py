@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpn_fx.passes.loss import Phi
 from ddpn_fx.passes.metric import Preconditioner
 
+AVERAGES = ("exp_avg", "momentum_buffer")  # torch.optim's names of what is kept of directions
 STATISTICS = ("loss", "predicted_decrease", "max_y", "clamps", "clipped", "skipped", "fault")
 # Values of the "fault" statistic.
 FAULT_FLOOR = 1.0
@@ -112,7 +113,7 @@ class Mode:
     @property
     def buffer(self) -> str:
         """torch.optim's name of the average of directions that is kept."""
-        return "exp_avg" if self.average else "momentum_buffer"
+        return AVERAGES[0] if self.average else AVERAGES[1]
 
     @property
     def counts(self) -> bool:

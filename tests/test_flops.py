@@ -190,11 +190,15 @@ def test_an_elementwise_metric_forms_the_columns_of_every_weight():
 
 @pytest.mark.parametrize("batch", [16, 64])
 def test_eigen_factored_of_dense_layers_turns_inputs_and_cotangents_alone(batch):
-    """Beside the factored metric's work: both sides turned for K, the direction turned twice and back, its moments."""
+    """Beside the factored metric's work: both sides turned for K, the direction's moments, the change turned back.
+
+    And a Gram of a bias, which shares none with a weight whose cotangents are turned.
+    """
     got, layers = measured("dense", batch, preconditioner="eigen-factored")
     want = sum(p.work(batch, 1, 1, contractions=2) for p in layers)
     for p in layers:
+        want += 2 * batch**2 * p.outputs
         for n in (p.inputs, p.outputs):
             size = 10 if p.outputs == 10 else n // 2  # parts: at most 128, and at most the other side
-            want += 2 * (batch * n * size + 4 * p.inputs * p.outputs * size)
+            want += 2 * (batch * n * size + 2 * p.inputs * p.outputs * size)
     assert got == pytest.approx(want, rel=TOLERANCE)

@@ -130,7 +130,7 @@ def blocks(state, k):
 
 
 class DenseEigenFactored(DenseFactored):
-    """The factored metric of d as a matrix (O, S C), turned from both sides and back; the bases change as those of EKFAC.
+    """The factored metric of d as a matrix (O, S C), turned from both sides and back; bases change as those of EKFAC.
 
     Few samples leave a null space, whose basis is anyone's: once checked, the program's own is taken.
     """
@@ -524,6 +524,26 @@ def test_eigen_factored_leaves_a_basis_alone_that_it_cannot_renew():
     p.refresh(site, state, 10)
     assert torch.equal(state["basis0"], eye(3)[None])
     assert not torch.equal(state["basis1"], eye(2)[None])
+
+
+def test_bases_stay_orthonormal_and_the_averages_in_them_what_they_were():
+    """In float32, over many refreshes with other second moments each."""
+    torch.manual_seed(0)
+    site, p = ddpn_fx.preconditioners.Site("w", (6, 2, 2, 1)), EigenFactored(refresh_every=1)
+    state = p.state(site, torch.zeros(()))
+    average = torch.randn(site.shape)
+    state["exp_avg"] = p.frame(site, state).into(average)
+    assert state["exp_avg"].shape == (6, 4)
+    for step in range(2000):
+        for k in (0, 1):
+            x = torch.randn(*state[f"second{k}"].shape[:2], 8)
+            state[f"second{k}"] += x @ x.mT
+        p.refresh(site, state, step)
+    for k in (0, 1):
+        basis = state[f"basis{k}"]
+        torch.testing.assert_close(basis @ basis.mT, torch.eye(basis.shape[1]).expand_as(basis), rtol=0, atol=1e-5)
+    torch.testing.assert_close(p.frame(site, state).out(state["exp_avg"]), average, rtol=0, atol=1e-3)
+    assert not torch.allclose(state["exp_avg"], p.frame(site, p.state(site, torch.zeros(()))).into(average), atol=0.1)
 
 
 TURNED = {(1, 6): True, (2, 6): True, (40, 6): False, (4, 6, 6): False}  # shape of x -> whether its factors are turned

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpn_fx.passes.metric import Map, Metric, Moment, Site
-from ddpn_fx.passes.turned import Turned, turn
-from ddpn_fx.preconditioners.elementwise import Factored, Outer
+from ddpn_fx.passes.frame import Frame
+from ddpn_fx.passes.metric import Metric, Moment, Site
+from ddpn_fx.passes.mode import AVERAGES
+from ddpn_fx.preconditioners.elementwise import Factored
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ class EigenFactored(Factored):
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
-        """As :class:`Factored`'s, ``column`` in the order S, C; ``second{k}`` and ``basis{k}`` of a side that is turned.
+        """As :class:`Factored`'s; ``second{k}`` and ``basis{k}`` of outputs (k 0) and inputs (1) where they are turned.
 
-        The two are (n / b, b, b), for n elements in parts of b; k is 0 for outputs and 1 for inputs.
+        These are (n / b, b, b), for n elements in parts of b. All but the bases, and the averages of momentum and
+        beta1 too, is in the frame of the bases: ``column`` and the averages (O, I) have I in the order S, C.
         """
         found = super().state(site, like)
         if len(site.shape) < 2:
@@ -86,117 +88,43 @@ class EigenFactored(Factored):
                 found[f"basis{k}"] = torch.eye(size, dtype=like.dtype, device=like.device).repeat(n // size, 1, 1)
         return found
 
+    def frame(self, site: Site, slots: Mapping[str, Tensor]) -> Frame | None:
+        """The present bases, where a side has one."""
+        rows, columns = slots.get("basis0"), slots.get("basis1")
+        return None if rows is columns is None else Frame(site.shape, rows, columns)
+
     def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
         """Second moments of the batch at hand included, in the present bases."""
-        if "row" not in state:
-            return super().metric(moment, state)
-        d = _matrix(moment.direction.to(moment.dtype))
-        bases = _Bases(state.get("basis0"), state.get("basis1"))
-        new = {}
-        for k, side in enumerate((d, d.mT)):
+        found, new = super().metric(moment, state)
+        d = moment.direction.to(moment.dtype)
+        for k in (0, 1):
             if f"second{k}" in state:
                 old = state[f"second{k}"]
-                parts = side.reshape(*old.shape[:2], -1)
+                parts = d.transpose(0, k).reshape(*old.shape[:2], -1)
                 new[f"second{k}"] = old * self.basis_decay + (1 - self.basis_decay) * (parts @ parts.mT)
-        rows, columns, moments = self.factors(bases.into(d), state, moment.step)
-        if moment.site.groups == 1 and moment.direction.dim() == 2:
-            left, right = (None if u is None else u[None] for u in (bases.first, bases.second))
-            turned = Turned(moment.gamma, moment.site, left, right, d.dtype)
-            return _TurnedProduct(rows, columns, moment.direction.shape, bases, turned), new | moments
-        return _TurnedOuter(rows, columns, moment.direction.shape, bases), new | moments
+        return found, new
 
     def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
-        """Renew the bases; the second moments are carried over as far as their diagonals go."""
+        """Renew the bases, and turn into them what is kept; of the moments, as far as their diagonals go."""
         if step != 1 and step % self.refresh_every:
             return
         for k, slot in enumerate(("row", "column")):
             second = state.get(f"second{k}")
-            if second is not None and bool(second.isfinite().all()):
-                fresh = torch.linalg.eigh(second)[1]
-                share = (fresh.mT @ state[f"basis{k}"]) ** 2  # of each old direction in each new one
-                state[slot].copy_((share @ state[slot].reshape(*share.shape[:2], 1)).flatten())
-                state[f"basis{k}"].copy_(fresh)
+            if second is None or not bool(second.isfinite().all()):
+                continue
+            values, fresh = torch.linalg.eigh(second)  # in the present basis
+            second.copy_(values.diag_embed())
+            state[slot].copy_((fresh.mT**2 @ state[slot].reshape(*values.shape, 1)).flatten())
+            basis = state[f"basis{k}"] @ fresh
+            # Newton's step to the nearest orthonormal basis, so that products of products stay one.
+            state[f"basis{k}"].copy_(basis @ (1.5 * torch.eye(*fresh.shape[1:]).to(fresh) - 0.5 * basis.mT @ basis))
+            for name in AVERAGES:
+                if name in state:
+                    parts = state[name].transpose(0, k).unflatten(0, values.shape)
+                    state[name].copy_((fresh.mT @ parts).flatten(0, 1).transpose(0, k))
 
 
 def _part(n: int, most: float) -> int:
     """The largest divisor of n that is at most ``most``; 0 where it is less than a quarter of that."""
     size = max((d for d in range(1, n + 1) if n % d == 0 and d <= most), default=0)
     return size if 4 * size >= min(most, n) else 0
-
-
-def _matrix(t: Tensor, leading: int = 0) -> Tensor:
-    """A weight as a matrix: (*leading, O, C, any) -> (*leading, O, S C)."""
-    return t.reshape(*t.shape[: leading + 2], -1).mT.flatten(-2)
-
-
-@dataclass(frozen=True)
-class _Bases:
-    """U_0 of O and U_1 of I elements, in k parts: (k, O / k, O / k); None is the coordinates' own."""
-
-    first: Tensor | None
-    second: Tensor | None
-
-    def turn_rows(self, h: Tensor) -> Tensor:
-        """(..., O)."""
-        return h if self.first is None else _turn(h.to(self.first.dtype), self.first)
-
-    def turn_columns(self, x: Tensor) -> Tensor:
-        """(..., I)."""
-        return x if self.second is None else _turn(x.to(self.second.dtype), self.second)
-
-    def into(self, t: Tensor) -> Tensor:
-        """``U_0^T t U_1``: (..., O, I)."""
-        t = self.turn_columns(t)
-        return t if self.first is None else _turn_left(t.to(self.first.dtype), self.first.mT)
-
-    def out(self, t: Tensor) -> Tensor:
-        """The inverse."""
-        t = t if self.first is None else _turn_left(t, self.first)
-        return t if self.second is None else _turn(t, self.second.mT)
-
-
-def _turn(t: Tensor, basis: Tensor) -> Tensor:
-    """``t U``: (..., n, d) by parts (k, d / k, d / k)."""
-    return turn(t.unsqueeze(-3), basis[None]).squeeze(-3)
-
-
-def _turn_left(t: Tensor, basis: Tensor) -> Tensor:
-    """``U t``: (..., d, n) by parts (k, d / k, d / k)."""
-    if len(basis) == 1:
-        return basis[0] @ t
-    return torch.einsum("kde,...ken->...kdn", basis, t.unflatten(-2, basis.shape[:2])).flatten(-3, -2)
-
-
-@dataclass(frozen=True)
-class _TurnedOuter(Outer):
-    """M = U (diag(rows) (x) diag(columns)) U^T, columns in the order S, C."""
-
-    shape: tuple[int, ...]
-    bases: _Bases
-
-    @property
-    def sides(self) -> tuple[Map, Map]:
-        def columns(x: Tensor) -> Tensor:
-            x = x.unflatten(-1, (self.shape[1], -1)).mT.flatten(-2)
-            return self.bases.turn_columns(x) * self.columns.rsqrt()
-
-        return lambda h: self.bases.turn_rows(h) * self.rows.rsqrt(), columns
-
-    def solve(self, direction: Tensor) -> Tensor:
-        turned = self.bases.into(_matrix(direction.to(self.rows.dtype)))
-        solved = self.bases.out(turned / self.scale)
-        return solved.unflatten(1, (-1, self.shape[1])).mT.reshape(self.shape)
-
-    def whiten(self, columns: Tensor) -> Tensor:
-        return self.bases.into(_matrix(columns.to(self.rows.dtype), leading=2)) * self.scale.rsqrt()
-
-
-@dataclass(frozen=True)
-class _TurnedProduct(_TurnedOuter):
-    """The same of a product of rows and columns, with Gamma in the bases at hand."""
-
-    turned: Turned
-
-    def whitened(self) -> Tensor:
-        """Gamma's own columns, from factors that are turned already where that is cheaper."""
-        return self.turned.all[:, :, 0] * self.scale.rsqrt()

@@ -238,8 +238,8 @@ def _single_sample_sizes(node: fx.Node, values: dict[fx.Node, Any], batch: int) 
     return found
 
 
-# Least rows of a Gram that is worked out in halves.
-_LEAST_HALVED = 128
+# Least rows of a Gram that is worked out in halves, and least elements of a row: with fewer the copy takes longer.
+_LEAST_HALVED, _LEAST_LENGTH = 128, 128
 
 
 def gram_matrix(columns: Tensor) -> Tensor:
@@ -249,12 +249,12 @@ def gram_matrix(columns: Tensor) -> Tensor:
 
 
 def _symmetric(rows: Tensor) -> Tensor:
-    """``rows @ rows.mT``: (n, m) -> (n, n). Many rows go by halves on a CPU, and what is below the diagonal is a copy.
+    """``rows @ rows.mT``: (n, m) -> (n, n). Many long rows go by halves on a CPU; what is below the diagonal is a copy.
 
     BLAS has a product for that, but no operator of a graph reaches it.
     """
     half = rows.shape[0] // 2
-    if 2 * half < _LEAST_HALVED or rows.device.type != "cpu":
+    if 2 * half < _LEAST_HALVED or rows.shape[1] < _LEAST_LENGTH or rows.device.type != "cpu":
         return rows @ rows.mT
     above, below = rows[:half], rows[half:]
     cross = above @ below.mT
