@@ -479,7 +479,7 @@ def test_eigen_factored_without_bases_is_factored(name):
     model_case = case(name)
     inputs, target = model_case.sample()
     ends = []
-    for p in (EigenFactored(max_size=0), Factored()):
+    for p in (EigenFactored(max_size=0, decay=0.9), Factored(decay=0.9)):
         net = ddpn_fx.compile(model_case.model(), loss=model_case.loss.call, disable=True)
         opt = ddpn_fx.DDPNOpt(net, lr=0.01, preconditioner=p, beta1=0.9)
         for _ in range(3):
@@ -524,6 +524,18 @@ def test_eigen_factored_leaves_a_basis_alone_that_it_cannot_renew():
     p.refresh(site, state, 10)
     assert torch.equal(state["basis0"], eye(3)[None])
     assert not torch.equal(state["basis1"], eye(2)[None])
+
+
+def test_bases_are_renewed_after_powers_of_two_and_then_every_so_many_steps():
+    site, p = ddpn_fx.preconditioners.Site("w", (3, 2)), EigenFactored(refresh_every=10)
+    state, renewed = p.state(site, torch.zeros(())), []
+    for step in range(1, 41):
+        x = torch.randn(1, 2, 5)
+        state["second1"] += x @ x.mT
+        before = state["basis1"].clone()
+        p.refresh(site, state, step)
+        renewed += [step] * (not torch.equal(before, state["basis1"]))
+    assert renewed == [1, 2, 4, 8, 10, 20, 30, 40]
 
 
 def test_bases_stay_orthonormal_and_the_averages_in_them_what_they_were():

@@ -38,8 +38,8 @@ class EigenFactored(Factored):
 
     U = U_0 (x) U_1: the bases of outputs and inputs, the first dimension against the others, in parts where these are
     large; r and c are the row and column means of the moving average of the squares of d turned by them. Bases are
-    renewed after the first step and after every ``refresh_every`` steps, outside the compiled step; until then they are
-    the identity. A parameter of one dimension is as :class:`Factored`'s.
+    renewed outside the compiled step: after steps 1, 2, 4, 8 and so on, then after every ``refresh_every`` steps; until
+    then they are the identity. A parameter of one dimension is as :class:`Factored`'s.
 
     Args:
         basis_decay: of the moving averages that the bases diagonalise.
@@ -50,12 +50,13 @@ class EigenFactored(Factored):
         max_cost: a part has at most this times as many elements as the other side: to turn a layer's inputs or
             cotangents takes so many forward passes of the layer. It does not bound the inputs of a kernel of more than
             one position: they are turned once a sample or once a position, whichever is less.
-        decay: of the moving averages of the squares.
+        decay: of the moving averages of the squares; shorter than :class:`Factored`'s, as the bases move.
         eps: as :class:`Factored`'s, as ``relative_eps``, ``bias_correction`` and ``moments``.
 
-    Equivalent to :class:`Factored` with ``max_size=0``.
+    Equivalent to :class:`Factored` of the same ``decay`` with ``max_size=0``.
     """
 
+    decay: float = 0.95
     basis_decay: float = 0.95
     refresh_every: int = 10
     max_size: int = 128
@@ -106,7 +107,7 @@ class EigenFactored(Factored):
 
     def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
         """Renew the bases, and turn into them what is kept; of the moments, as far as their diagonals go."""
-        if step != 1 and step % self.refresh_every:
+        if step % self.refresh_every and not (step < self.refresh_every and step.bit_count() == 1):
             return
         for k, slot in enumerate(("row", "column")):
             second = state.get(f"second{k}")

@@ -23,7 +23,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,11 +171,17 @@ def _optimizers(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
         matrices = [p for p in model.parameters() if p.dim() == 2]
         rest = [p for p in model.parameters() if p.dim() != 2]
         return [torch.optim.Muon(matrices, lr=1e-3), *([torch.optim.Adam(rest, lr=1e-3)] if rest else [])]
+    return [soap(model.parameters(), lr=1e-3)]
+
+
+def soap(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """SOAP at heavyball's defaults."""
     try:
         import heavyball
     except ModuleNotFoundError:
-        sys.exit("step.py: method soap needs the bench extra: pip install 'ddpn-fx[bench]'")
-    return [heavyball.SOAP(model.parameters(), lr=1e-3)]
+        sys.exit("SOAP needs the bench extra: pip install 'ddpn-fx[bench]'")
+    found: torch.optim.Optimizer = heavyball.SOAP(parameters, lr=lr)
+    return found
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:

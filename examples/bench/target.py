@@ -6,6 +6,9 @@ over the seeds reaches it. Every baseline's step size, and DDPNOpt's setting in 
 training of each on other held-out data than those that are reported. Seconds are steps times the mean of twenty steps,
 measured in turn at the end. A baseline is charged its whole step as one compiled program, the update in it.
 
+With ``--peers`` SOAP (of `heavyball`, in the `bench` extra) is trained too, its step size tuned over Adam's grid. It is
+a row beside, charged heavyball's own step around a compiled model; the target stays that of the three.
+
     python examples/bench/target.py --data FOLDER                     all tasks, hours on one core; it is resumed
     python examples/bench/target.py --data FOLDER --tasks mnist-128   a part, and the page of all that is there
 """
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import compiled_baseline
+from step import compiled_baseline, soap
 from tasks import TASKS, Loaded, Task
 from torch import Tensor, nn
 
@@ -42,6 +45,8 @@ BASELINES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
     "Adam": torch.optim.Adam,
 }
+PEERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"SOAP": soap}  # rows beside, which set no target
+OPTIMIZERS = BASELINES | PEERS
 DEFAULT = "DDPNOpt"
 GROUPS = "coupling 64"  # a row of its own where the batch is larger: the cheaper form for large batches
 EIGEN = "eigen-factored, beta1 0.9, lr 0.01"  # a row of its own: the other setting that is one for all tasks
@@ -95,10 +100,12 @@ class Record:
 
 
 class Bench:
-    """One task's data, a module that all trainings share, and the record."""
+    """One task's data, a module that all trainings share, and the record; with peers that are trained or recorded."""
 
-    def __init__(self, task: Task, folder: str | None, record: Record) -> None:
+    def __init__(self, task: Task, folder: str | None, record: Record, peers: bool) -> None:
         self.task, self.record = task, record
+        recorded = {c["method"] for c in record.cells.values() if c["task"] == task.key and c["seed"] == SEEDS - 1}
+        self.peers = [name for name in PEERS if peers or name in recorded]
         self.loaded: Callable[[], Loaded] = cache(lambda: task.load(folder))
         self._net: Any = None
 
@@ -133,10 +140,10 @@ class Bench:
         return {"task": task.key, "method": method, "value": value, "seed": seed, "curve": curve}
 
     def _step(self, method: str, value: float, weights: dict[str, Tensor]) -> tuple[Callable[..., Tensor], nn.Module]:
-        if method in BASELINES:
+        if method not in SETTINGS:
             model = self.loaded().build().to(memory_format=torch.channels_last)
             model.load_state_dict(weights)
-            return plain_step(model, BASELINES[method](model.parameters(), lr=value), loss=self.task.loss), model
+            return plain_step(model, OPTIMIZERS[method](model.parameters(), lr=value), loss=self.task.loss), model
         self.net().load_state_dict(weights)
         lr, options = SETTINGS[method]
         return ddpn_fx.DDPNOpt(self.net(), lr=lr, **options).train_step, self.net()
@@ -149,7 +156,7 @@ class Bench:
     def run(self, *, timed: bool = True) -> Chosen:
         """All trainings that are missing, and the times of the steps."""
         chosen: Chosen = {}
-        for name, values in self.task.grids.items():
+        for name, values in (*self.task.grids.items(), *((name, self.task.grids["Adam"]) for name in self.peers)):
             chosen[name] = name, max(values, key=lambda v, name=name: self._choice(name, v))
         settings = [s for s in SETTINGS if s != GROUPS or self.task.batch > 64]
         if self.task.dear:
@@ -157,7 +164,7 @@ class Bench:
         tuned = max(settings, key=lambda s: self._choice(s, SETTINGS[s][0]))
         chosen |= {DEFAULT: (DEFAULT, SETTINGS[DEFAULT][0]), TUNED: (tuned, SETTINGS[tuned][0])}
         chosen |= {row: (row, SETTINGS[row][0]) for row in (GROUPS, EIGEN) if row in settings}
-        for row in (self.rival(chosen), *ours(chosen)):
+        for row in (self.rival(chosen), *self.peers, *ours(chosen)):
             for seed in range(SEEDS):
                 self.cell(*chosen[row], seed)
         if timed:
@@ -176,14 +183,18 @@ class Bench:
         return merit if self.task.higher else -merit
 
     def time(self, chosen: Chosen) -> None:
-        """Milliseconds of a step, in turn: the best baseline's, and DDPNOpt's settings."""
+        """Milliseconds of a step, in turn: the best baseline's, the peers', and DDPNOpt's settings."""
         names, rival = dict.fromkeys(chosen[row][0] for row in ours(chosen)), self.rival(chosen)
-        if {rival, *names} <= set(self.record.times.get(self.task.key, {})):
+        if {rival, *self.peers, *names} <= set(self.record.times.get(self.task.key, {})):
             return
         loaded = self.loaded()
         batches = list(loaded.batches(self.task.batch, 4, 0))
         baseline = compiled_baseline(loaded.build(), self.task.loss, "inductor", rival, chosen[rival][1])
         steps: dict[str, Any] = {rival: baseline}
+        for name in self.peers:
+            model = torch.compile(loaded.build(), dynamic=False)
+            opt = PEERS[name](model.parameters(), lr=chosen[name][1])
+            steps[name] = plain_step(model, opt, loss=self.task.loss)
         for name in names:
             lr, options = SETTINGS[name]
             steps[name] = ddpn_fx.DDPNOpt(self.net(), lr=lr, **options).train_step
@@ -214,10 +225,10 @@ def summary(bench: Bench, chosen: Chosen) -> dict[str, Any]:
     rival = bench.rival(chosen)
     target = bench.curve(*chosen[rival])[-1][1]
     rows = {}
-    for row in (rival, *ours(chosen)):
+    for row in (rival, *bench.peers, *ours(chosen)):
         curve = bench.curve(*chosen[row])
         steps = reached(curve, target, task.higher)
-        setting = f"{rival} {chosen[rival][1]:g}" if row == rival else chosen[row][0]
+        setting = chosen[row][0] if row in ours(chosen) else f"{row} {chosen[row][1]:g}"
         ms = times[chosen[row][0]]
         end = curve[-1][1] if curve and curve[-1][0] == task.steps else None
         seconds = None if steps is None else steps * ms / 1e3
@@ -277,9 +288,11 @@ def picture(path: Path, benches: list[tuple[Bench, Chosen]]) -> None:
     for axes, (bench, chosen) in zip(panels, benches, strict=False):
         rival = bench.rival(chosen)
         colors = {rival: "#0072b2", DEFAULT: "#c1272d", GROUPS: "#009e73", EIGEN: "#9467bd", TUNED: "#e69f00"}
-        for row in (rival, *ours(chosen)):
+        colors |= dict.fromkeys(bench.peers, "#777777")
+        for row in (rival, *bench.peers, *ours(chosen)):
             curve = bench.curve(*chosen[row])
-            axes.plot(*zip(*curve, strict=True), color=colors[row], label=f"{row}, tuned" if row == rival else row)
+            label = row if row in ours(chosen) else f"{row}, tuned"
+            axes.plot(*zip(*curve, strict=True), color=colors[row], label=label)
         values = [m for _, m in bench.curve(*chosen[rival])]
         low, high = sorted((values[len(values) // 5], values[-1]))
         axes.set_ylim(low - 0.3 * (high - low), high + 0.8 * (high - low)) if bench.task.higher else axes.set_ylim(
@@ -305,6 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="DIR", help="folder of the .npz files (see ddpn_fx.data)")
     parser.add_argument("--tasks", nargs="+", choices=[t.key for t in TASKS], default=[t.key for t in TASKS])
+    parser.add_argument("--peers", action="store_true", help="SOAP too; what is recorded of it is shown in any case")
     parser.add_argument("--train-only", action="store_true", help="no times, no page: the machine is not at rest")
     parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -314,10 +328,10 @@ def main() -> None:
     with one_thread():
         for task in TASKS:
             if task.key in options.tasks:
-                Bench(task, options.data, record).run(timed=not options.train_only)
+                Bench(task, options.data, record, options.peers).run(timed=not options.train_only)
         if options.train_only:
             return
-        benches = [(b := Bench(t, options.data, record), b.run()) for t in complete(record)]
+        benches = [(b := Bench(t, options.data, record, False), b.run()) for t in complete(record)]
     summaries = {b.task.key: summary(b, chosen) for b, chosen in benches}
     record.write(tasks=summaries)
     picture(options.out.with_suffix(".png"), benches)
