@@ -12,7 +12,7 @@ import operator
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,6 +59,13 @@ def _shapes_of_fake_quantize() -> Iterator[None]:
         yield
 
 
+def _einsum_as_written() -> AbstractContextManager[None]:
+    """Let ``torch.einsum`` contract from left to right: with `opt_einsum` its path is that of one batch size."""
+    backend: Any = torch.backends.opt_einsum  # its flags() cannot restore what is off already
+    found: AbstractContextManager[None] = backend.flags(enabled=False) if backend.enabled else nullcontext()
+    return found
+
+
 def export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> torch.export.ExportedProgram:
     """Trace the objective and mend the graph.
 
@@ -71,7 +78,7 @@ def export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> to
         CaptureError: export failed, with the user's line.
     """
     try:
-        with warnings.catch_warnings(), kept(), _lengths(), _shapes_of_fake_quantize():
+        with warnings.catch_warnings(), kept(), _lengths(), _einsum_as_written(), _shapes_of_fake_quantize():
             warnings.simplefilter("ignore")
             program = torch.export.export(objective, batch, strict=False, dynamic_shapes=shapes)
             detach_no_grad(program.graph_module)
