@@ -298,6 +298,10 @@ class TwinGamma(Gamma):
         """x and h of one use that is a product of both, where they are the cheaper way to K."""
         return self._run(("factors", blocks), lambda: self._traced.factors(blocks))
 
+    def lookups(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Index and h of one use that looks its argument up, where they are the cheaper way to K."""
+        return self._run(("lookups", blocks), lambda: self._traced.lookups(blocks))
+
     def products(self) -> tuple[Tensor, Tensor] | None:
         """x and h of the one use, in groups."""
         return self._run("products", self._traced.products)

@@ -102,6 +102,11 @@ class FramedGamma(Gamma):
         assert blocks is self._blocks
         return self._factors
 
+    def lookups(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Index and h U_1 of one use that looks the parameter up, where they are the cheaper way to K."""
+        found = self._gamma.lookups(blocks)
+        return None if found is None else (found[0], self._frame.turn_columns(found[1].to(self._frame.dtype)))
+
     def columns(self) -> Tensor:
         """Gamma itself: (B, R, O, I)."""
         return self._columns

@@ -9,7 +9,7 @@ rules avoid it: with one use, through elements that are only moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ from ddpn_fx.passes.linearize import Env, Parameters, rules
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.rules import Blocks, Rule
 from ddpn_fx.passes.rules.base import gram_matrix, product_gram
+from ddpn_fx.passes.rules.embedding import lookup_gram
+
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,29 @@ class Gamma:
         if metric is None and not enabled("ghost-grams"):
             return gram_matrix(blocks.matrix(self.columns()))
         if metric is not None:
-            factors = None if metric.sides is None else self.factors(blocks)
-            if factors is not None:
-                x, h = (t.to(accumulate_dtype(t.dtype)) for t in factors)
-                rows, columns = metric.sides
-                return product_gram(columns(x), rows(h), blocks)
+            found = None if metric.sides is None else self._gram_of_sides(blocks, *metric.sides)
+            if found is not None:
+                return found
             whitened = getattr(metric, "whitened", None)
             columns = whitened() if whitened else metric.whiten(self.columns())
             return gram_matrix(blocks.matrix(_as_it_lies(columns)))
         if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
+
+    def _gram_of_sides(self, blocks: Blocks, rows: Map, columns: Map) -> Tensor | None:
+        """The same from products whose sides are mapped, where these are the cheaper way."""
+        factors = self.factors(blocks)
+        if factors is not None:
+            x, h = (t.to(accumulate_dtype(t.dtype)) for t in factors)
+            return product_gram(columns(x), rows(h), blocks)
+        lookups = self.lookups(blocks)
+        if lookups is None:
+            return None
+        index, h = lookups  # here h is of the second side: of the first, the map is diagonal
+        h = columns(h.to(accumulate_dtype(h.dtype)))
+        scale = rows(h.new_ones(self.parameters.params[self.name].shape[0]))
+        return lookup_gram(index, h * scale[index][:, None, :, None], blocks)
 
     @property
     def plain(self) -> Gamma:
@@ -87,6 +102,13 @@ class Gamma:
         if not enabled("ghost-grams"):
             return None
         return None if others or entry.argument.op != "placeholder" else entry.rule.factors(entry.argument, blocks)
+
+    def lookups(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Index and h of one use that looks its argument up, where they are the cheaper way to K."""
+        (entry, *others) = self.entries
+        if others or entry.argument.op != "placeholder" or not enabled("ghost-grams"):
+            return None
+        return entry.rule.lookups(entry.argument, blocks)
 
     def products(self) -> tuple[Tensor, Tensor] | None:
         """As :meth:`ddpn_fx.passes.rules.Rule.products`, of the one use."""

@@ -9,7 +9,7 @@ what :class:`Moment` offers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,11 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ddpn_fx.passes.gamma import Gamma
+from ddpn_fx.passes.gamma import Gamma, Map
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.rules import rule_by_name
-
-Map = Callable[[Tensor], Tensor]
 
 
 class Metric(Protocol):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddpn_fx
+from ddpn_fx.passes.rules.embedding import Embedding
 from ddpn_fx.passes.turned import Turned
 from ddpn_fx.preconditioners import Diagonal, EigenFactored, EigenKronecker, Factored, Kronecker
 from tests import oracle
@@ -556,6 +557,35 @@ def test_bases_stay_orthonormal_and_the_averages_in_them_what_they_were():
         torch.testing.assert_close(basis @ basis.mT, torch.eye(basis.shape[1]).expand_as(basis), rtol=0, atol=1e-5)
     torch.testing.assert_close(p.frame(site, state).out(state["exp_avg"]), average, rtol=0, atol=1e-3)
     assert not torch.allclose(state["exp_avg"], p.frame(site, p.state(site, torch.zeros(()))).into(average), atol=0.1)
+
+
+@pytest.mark.parametrize("coupling", ["batch", 4])
+@pytest.mark.parametrize("p", [Factored(decay=0.9), EigenFactored(refresh_every=1), Kronecker(damping=0.1)])
+def test_a_large_table_in_a_metric_of_two_sides_forms_no_column(p, coupling, monkeypatch):
+    """K from equal indices, against columns that are formed and then whitened."""
+    formed, results = Embedding._columns, []
+
+    def count(self, argument):
+        counted.append(argument)
+        return formed(self, argument)
+
+    monkeypatch.setattr(Embedding, "_columns", count)
+    for dense in (False, True):
+        counted: list = []
+        if dense:
+            monkeypatch.setattr(Embedding, "lookups", lambda *_: None)
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Embedding(90, 4, padding_idx=2), nn.Flatten(), nn.Linear(20, 5)).double()
+        net = ddpn_fx.compile(model, loss=F.cross_entropy, disable=True)
+        opt = ddpn_fx.DDPNOpt(net, lr=0.05, preconditioner=p, coupling=coupling, rank=2, beta1=0.9)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            x = torch.randint(90, (8, 5), generator=generator)
+            x[0], x[1, :3] = x[3], 2
+            opt.train_step(x, torch.randint(5, (8,), generator=generator))
+        assert bool(counted) == dense
+        results.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
 TURNED = {(1, 6): True, (2, 6): True, (40, 6): False, (4, 6, 6): False}  # shape of x -> whether its factors are turned

@@ -143,6 +143,10 @@ class Rule:
         """x (B, P, I) and h (B, R, P, O) of an argument's products; None where its columns are the cheaper way to K."""
         return None
 
+    def lookups(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Indices (B, P) and h (B, R, P, O) where x is an index; None where columns are the cheaper way to K."""
+        return None
+
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """K = Gamma^T Gamma in blocks: (G, n, n)."""
         return gram_matrix(blocks.matrix(self._formed(argument)))

@@ -60,18 +60,17 @@ class Embedding(Rule):
         rows = count.index_add(0, index, ones)[None] / index.shape[0]
         return rows, second_moment(h, diagonal[1]) / self.batch
 
-    def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
-        """sum_pq [index_p = index_q] (h_p . h_q)."""
-        h = self.h.to(accumulate_dtype(self.h.dtype))
-        (_, r, p, o), vocabulary = h.shape, self.values[argument].shape[0]
-        g, count = blocks.group, blocks.count
+    def lookups(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Unless the table is smaller than what is looked up in it."""
+        (_, r, p, o), vocabulary, g = self.h.shape, self.values[argument].shape[0], blocks.group
         if (g * p) ** 2 * r * r * (o + 1) > self.batch * r * vocabulary * o * (g * r + 1):
-            return super().gram(argument, blocks)
-        flat = blocks.columns_of(h).flatten(1, 2)
-        index = blocks.split(self.indices)
-        same = (index.flatten(1)[:, :, None] == index.flatten(1)[:, None, :]).to(h.dtype)
-        products = (flat @ flat.mT).view(count, g, r, p, g, r, p) * same.view(count, g, 1, p, g, 1, p)
-        return products.sum((3, 6)).reshape(count, g * r, g * r)
+            return None
+        return self.indices, self.h
+
+    def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
+        """From equal indices, or from the columns."""
+        found = self.lookups(argument, blocks)
+        return super().gram(argument, blocks) if found is None else lookup_gram(*found, blocks)
 
     def contract(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Scatter the weighted cotangents into the table."""
@@ -91,3 +90,13 @@ class Embedding(Rule):
         out = table.new_zeros(self.batch, table.shape[0], self.columns, table.shape[1])
         at = self.indices[:, :, None, None].expand_as(h)
         return out.scatter_add(1, at, h.to(table.dtype)).movedim(2, 1)
+
+
+def lookup_gram(index: Tensor, h: Tensor, blocks: Blocks) -> Tensor:
+    """K = sum_pq [index_p = index_q] (h_p . h_q); index (B, P), h (B, R, P, O)."""
+    h = h.to(accumulate_dtype(h.dtype))
+    (_, r, p, _), g, count = h.shape, blocks.group, blocks.count
+    flat, places = blocks.columns_of(h).flatten(1, 2), blocks.split(index).flatten(1)
+    same = (places[:, :, None] == places[:, None, :]).to(h.dtype)
+    products = (flat @ flat.mT).view(count, g, r, p, g, r, p) * same.view(count, g, 1, p, g, 1, p)
+    return products.sum((3, 6)).reshape(count, g * r, g * r)
