@@ -118,7 +118,7 @@ class EigenFactored(Factored):
             state[slot].copy_((fresh.mT**2 @ state[slot].reshape(*values.shape, 1)).flatten())
             basis = state[f"basis{k}"] @ fresh
             # Newton's step to the nearest orthonormal basis, so that products of products stay one.
-            state[f"basis{k}"].copy_(basis @ (1.5 * torch.eye(*fresh.shape[1:]).to(fresh) - 0.5 * basis.mT @ basis))
+            state[f"basis{k}"].copy_(1.5 * basis - 0.5 * basis @ (basis.mT @ basis))
             for name in AVERAGES:
                 if name in state:
                     parts = state[name].transpose(0, k).unflatten(0, values.shape)
