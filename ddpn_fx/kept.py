@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpn_fx.passes.frame import frame_of
-from ddpn_fx.passes.mode import state_key
+from ddpn_fx.passes.mode import AVERAGES, state_key
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
 
@@ -57,10 +57,13 @@ class Kept:
             return ()
         if (program, name) not in self._slots:
             like = params[name].detach().new_zeros((), dtype=accumulate_dtype(params[name].dtype))
-            fresh = preconditioner.state(program.sites(params)[name], like)
-            for slot, tensor in fresh.items():
-                if kept.get(slot) is None or kept[slot].shape != tensor.shape:
-                    kept[slot] = tensor
+            site = program.sites(params)[name]
+            fresh = preconditioner.state(site, like)
+            missing = [slot for slot, t in fresh.items() if kept.get(slot) is None or kept[slot].shape != t.shape]
+            kept.update({slot: fresh[slot] for slot in missing})
+            frame = frame_of(preconditioner, site, fresh)
+            if missing and frame is not None:  # averages that were kept without a frame go into the first one
+                kept.update({k: frame.into(kept[k]) for k in AVERAGES if k in kept and kept[k].shape == site.shape})
             self._slots[program, name] = tuple(fresh)
         return self._slots[program, name]
 
@@ -92,9 +95,9 @@ class Kept:
 
 def _average(program: Program, name: str, params: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:
     """An average of no directions yet, in the parameter's frame where it has one."""
-    preconditioner, like = program.mode.preconditioner, torch.zeros_like(params[name])
+    preconditioner, none = program.mode.preconditioner, torch.zeros_like(params[name])
     frame = None if preconditioner is None else frame_of(preconditioner, program.sites(params)[name], slots)
-    return like if frame is None else torch.zeros_like(frame.into(like))
+    return none if frame is None else torch.zeros_like(frame.into(none))
 
 
 def _zero(params: Mapping[str, Tensor]) -> Tensor:

@@ -158,7 +158,7 @@ class Rollout:
         g = self.group[name]
         value = self.trajectory.parameters.params[name]
         frame = self.linear.frames.get(name)
-        direction = direction if frame else direction.to(value.dtype)
+        direction = direction.to(value.dtype) if frame is None else direction
         if self.mode.decay[g] and not self.mode.decoupled:
             direction = direction + self.hyper.weight_decay[g] * self.linear.framed(name, value)
         key, metric = state_key(self.mode.buffer, name), self.linear.metrics.get(name)

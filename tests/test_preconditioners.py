@@ -527,6 +527,29 @@ def test_eigen_factored_leaves_a_basis_alone_that_it_cannot_renew():
     assert not torch.equal(state["basis1"], eye(2)[None])
 
 
+def test_an_average_that_was_kept_without_a_frame_goes_into_it():
+    """Beside an average that starts at nothing, nine tenths of it are left after a step."""
+    model_case, p = case("cnn"), EigenFactored(bias_correction=False)
+    inputs, target = model_case.sample()
+    net = ddpn_fx.compile(model_case.model(), loss=model_case.loss.call, disable=True)
+    old = ddpn_fx.DDPNOpt(net, lr=0.01, beta1=0.9)
+    old.train_step(inputs, target)
+    before = {n: old.state[w]["exp_avg"].clone() for n, w in net.named_parameters()}
+    after = []
+    for start in (old.state_dict(), None):
+        opt = ddpn_fx.DDPNOpt(net, beta1=0.9, preconditioner=p)
+        if start is not None:
+            opt.load_state_dict(start)
+        opt.param_groups[0]["lr"] = 0.0
+        opt.train_step(inputs, target)
+        kept = {n: opt.state[w] for n, w in net.named_parameters()}
+        frames = {n: p.frame(ddpn_fx.preconditioners.Site(n, before[n].shape), k) for n, k in kept.items()}
+        after.append({n: k["exp_avg"] if frames[n] is None else frames[n].out(k["exp_avg"]) for n, k in kept.items()})
+    assert sum(f is not None and len(f.shape) == 4 for f in frames.values()), "a convolution has a frame"
+    for name, average in before.items():
+        close(after[0][name] - after[1][name], 0.9 * average, 1e-10, name)
+
+
 def test_bases_are_renewed_after_powers_of_two_and_then_every_so_many_steps():
     site, p = ddpn_fx.preconditioners.Site("w", (3, 2)), EigenFactored(refresh_every=10)
     state, renewed = p.state(site, torch.zeros(())), []
