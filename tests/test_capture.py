@@ -468,8 +468,7 @@ def test_what_is_no_module_is_refused():
 
 def test_an_einsum_of_three_operands_takes_every_batch_size_with_opt_einsum():
     """Its order is searched with the sizes as numbers, which would fix them; the user's setting is given back."""
-    pytest.importorskip("opt_einsum")
-    assert torch.backends.opt_einsum.enabled
+    assert torch.backends.opt_einsum.enabled, "opt-einsum comes with the dev extra"
     layers = {"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)}
     model = Model(lambda m, x: torch.einsum("bi,ji,kj->bk", x, m.a.weight, m.b.weight), **layers)
     assert_sgd(model, (torch.randn(5, 3, dtype=torch.float64),), torch.tensor([0, 1, 1, 0, 1]))

@@ -1,6 +1,7 @@
 """The figures of every stage against the oracle, which forms k, K and y; without them the step is the graph it was."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import ddpn_fx
 from ddpn_fx.passes.figures import FIGURES, _distribution
+from ddpn_fx.passes.frame import Frame
 from tests import oracle
 from tests.harness import noise_for, program
 from tests.models import case
@@ -58,6 +60,23 @@ class Four:
 
     def refresh(self, site, state, step):
         pass
+
+
+@dataclasses.dataclass(frozen=True)
+class FramedFour(Four):
+    """The same metric, in a frame of two bases of nobody's choice, the first in parts."""
+
+    def state(self, site, like):
+        if len(site.shape) < 2:
+            return {}
+        generator = torch.Generator().manual_seed(len(site.name))
+        parts = 2 if site.shape[0] % 2 == 0 else 1
+        sizes = {"basis0": (parts, site.shape[0] // parts), "basis1": (1, math.prod(site.shape[1:]))}
+        draw = {k: torch.randn(p, n, n, generator=generator, dtype=like.dtype) for k, (p, n) in sizes.items()}
+        return {k: torch.linalg.qr(t)[0] for k, t in draw.items()}
+
+    def frame(self, site, slots):
+        return Frame(site.shape, slots["basis0"], slots["basis1"]) if "basis0" in slots else None
 
 
 def check(
@@ -114,17 +133,42 @@ def test_parameters_with_their_own_step_size_and_fixed_ones():
     assert float(opt.stage_stats["y_max"][fixed]) > 0, "what earlier stages did is seen by one that cannot answer"
 
 
-def test_a_metric():
-    """With a metric that is M = 4 I, eta becomes eta / 4."""
-    for coupling in ("batch", 2):
-        found = []
-        for preconditioner, lr in ((Four(), 1.2), ("identity", 0.3)):
-            _, other, inputs, target = program(case("mlp-tanh"), oracle.Settings(lr=0.3, coupling=coupling))
-            opt = ddpn_fx.DDPNOpt(other.net, lr, preconditioner=preconditioner, coupling=coupling)
+@pytest.mark.parametrize("metric", [Four(), FramedFour()])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("mlp-tanh", o) for o in ({}, {"coupling": 2}, {"rollout": "nonlinear"}, {"feedback": False})),
+        ("tied-embedding", {"rollout": "nonlinear"}),  # a change that a later stage sees as well
+    ],
+)
+def test_a_metric(name, options, metric):
+    """With a metric that is M = 4 I, eta becomes eta / 4, whatever its coordinates; and so do the steps."""
+    found, ends = [], []
+    for preconditioner, lr in ((metric, 1.2), ("identity", 0.3)):
+        _, other, inputs, target = program(case(name), oracle.Settings(lr=0.3))
+        opt = ddpn_fx.DDPNOpt(other.net, lr, preconditioner=preconditioner, weight_decay=0.1, **options)
+        for _ in range(2):
             opt._figures_wanted = True
             opt.train_step(inputs, target)
-            found.append(torch.stack(list(opt.stage_stats.values())))
-        assert torch.allclose(*found, rtol=1e-9, atol=1e-9)
+        found.append(torch.cat([*opt.stage_stats.values(), opt.stats["predicted_decrease"][None]]))
+        ends.append(torch.cat([p.detach().flatten() for p in opt.net.parameters()]))
+    assert torch.allclose(*found, rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert torch.allclose(*ends, rtol=1e-9, atol=1e-12)
+
+
+def test_a_metric_in_a_frame_with_batch_statistics():
+    """There the update's gradient goes through the statistics, and comes in the parameter's own coordinates."""
+    ends = []
+    x = torch.randn(6, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for preconditioner, lr in ((FramedFour(), 1.2), ("identity", 0.3)):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)]
+        net = ddpn_fx.compile(nn.Sequential(*layers).double(), loss=F.cross_entropy, backend="eager")
+        opt = ddpn_fx.DDPNOpt(net, lr, preconditioner=preconditioner)
+        for _ in range(2):
+            opt.train_step(x, torch.arange(6) % 3)
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.allclose(*ends, rtol=1e-9, atol=1e-12)
 
 
 def test_norms_add_up_to_the_step_s():

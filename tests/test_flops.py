@@ -190,6 +190,18 @@ def test_an_elementwise_metric_forms_the_columns_of_every_weight():
 
 
 @pytest.mark.parametrize("batch", [16, 64])
+def test_eigen_factored_in_the_open_loop_turns_the_direction_alone(batch):
+    """Into the frame and out of it, with its moments there; one contraction serves the step and what it predicts."""
+    got, layers = measured("dense", batch, preconditioner="eigen-factored", feedback=False)
+    want = sum(2 * batch * p.inputs * p.outputs * (2 if p.first else 3) for p in layers)
+    for p in layers:
+        for n in (p.inputs, p.outputs):
+            size = 10 if p.outputs == 10 else n // 2
+            want += 2 * 3 * p.inputs * p.outputs * size
+    assert got == pytest.approx(want, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", [16, 64])
 def test_eigen_factored_of_dense_layers_turns_inputs_and_cotangents_alone(batch):
     """Beside the factored metric's work: both sides turned for K, the direction's moments, the change turned back.
 

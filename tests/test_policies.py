@@ -12,7 +12,7 @@ import ddpn_fx
 from tests import oracle
 from tests.harness import noise_for, program
 from tests.models import case
-from tests.test_figures import Four
+from tests.test_figures import Four, FramedFour
 
 MODES = {
     "default": oracle.Settings(lr=0.3),
@@ -107,10 +107,13 @@ def test_a_metric():
     """With a metric that is M = 4 I, eta becomes eta / 4; one with a state is asked about the next step."""
     _, other, inputs, target = program(case("mlp-tanh"), MODES["default"])
     found = []
-    for preconditioner, lr in ((Four(), 1.2), ("identity", 0.3)):
+    for preconditioner, lr in ((Four(), 1.2), (FramedFour(), 1.2), ("identity", 0.3)):
         opt = ddpn_fx.DDPNOpt(other.net, lr, preconditioner=preconditioner)
         found.append(ddpn_fx.policies(opt, 2, inputs, target))
-    assert torch.allclose(found[0].values, found[1].values)
+    for other_found in found[:2]:
+        assert torch.allclose(other_found.values, found[2].values)
+        for name, control in found[2].controls.items():
+            assert torch.allclose(other_found.controls[name].abs(), control.abs())
     opt = ddpn_fx.DDPNOpt(other.net, 0.01, preconditioner="diagonal")
     first, second = (ddpn_fx.policies(opt, 2, inputs, target) for _ in range(2))
     assert torch.equal(first.values, second.values), "asking changed what is asked"
