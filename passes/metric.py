@@ -23,7 +23,7 @@ from ddpn_fx.passes.rules import rule_by_name
 
 
 class Metric(Protocol):
-    """M of one parameter of shape M (the tuple).
+    """M of one parameter of shape M (the tuple), or in its frame, where it has one: then (O, I) stands for M.
 
     It may also have ``whitened() -> (B, R, any shape)``: ``whiten`` of the columns of its moment's Gamma, where there
     is a cheaper way than through these.
@@ -39,7 +39,10 @@ class Metric(Protocol):
 
     @property
     def sides(self) -> tuple[Map, Map] | None:
-        """W as maps of (..., rows) and (..., columns) vectors, where it is a product of two, else None."""
+        """W as maps of (..., rows) and (..., columns) vectors, where it is a product of two, else None.
+
+        Of a site that is ``one_hot`` the map of rows is diagonal: K is found from its values at ones.
+        """
         ...
 
 
@@ -96,7 +99,7 @@ class Moment:
     Attributes:
         site: the parameter.
         gamma: its Gamma.
-        direction: Q_u (with l_u), of the parameter's shape.
+        direction: Q_u (with l_u), of the parameter's shape or in its frame.
         coefficient: (B, R): V_x of sample i is ``sum_c coefficient[i, c] Z[i, c]``, of the sample's own loss (B times
             its share of the batch's loss, which is taken for a mean).
         step: 0-d, how many steps there were with this one.
