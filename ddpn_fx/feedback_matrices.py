@@ -168,7 +168,6 @@ class _Run:
         self.program = Program(chain, mode, batch, self.leaves)
         self.vector = opt._hyper_vector(named)
         self.state = opt._kept.of(self.program, opt.state, named)
-        opt._kept.forget(self.program)
         own = len(pytree.tree_leaves((args, kwargs)))
         self.pictured = [
             i

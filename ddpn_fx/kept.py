@@ -25,7 +25,6 @@ class Kept:
     def __init__(self) -> None:
         self.count: Tensor | None = None
         self.taken = 0
-        self._slots: dict[tuple[Program, str], tuple[str, ...]] = {}
 
     def of(self, program: Program, state: MutableMapping[Any, Any], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a program reads and writes, by its keys; made where they are missing."""
@@ -36,7 +35,7 @@ class Kept:
             if not (averaged or mode.preconditioner):  # asking for an entry of torch's state makes one
                 continue
             kept = state[params[name]]
-            slots = {slot: kept[slot] for slot in self._slots_of(program, name, params, kept)}
+            slots = _slots(program, name, params, kept)
             found |= {state_key(slot, name): tensor for slot, tensor in slots.items()}
             if averaged:
                 if kept.get(mode.buffer) is None:
@@ -48,25 +47,6 @@ class Kept:
             found["step"] = self.count
         return found
 
-    def _slots_of(
-        self, program: Program, name: str, params: Mapping[str, Tensor], kept: dict[str, Any]
-    ) -> tuple[str, ...]:
-        """The preconditioner's slots of one parameter."""
-        preconditioner = program.mode.preconditioner
-        if preconditioner is None:
-            return ()
-        if (program, name) not in self._slots:
-            like = params[name].detach().new_zeros((), dtype=accumulate_dtype(params[name].dtype))
-            site = program.sites(params)[name]
-            fresh = preconditioner.state(site, like)
-            missing = [slot for slot, t in fresh.items() if kept.get(slot) is None or kept[slot].shape != t.shape]
-            kept.update({slot: fresh[slot] for slot in missing})
-            frame = frame_of(preconditioner, site, fresh)
-            if missing and frame is not None:  # averages that were kept without a frame go into the first one
-                kept.update({k: frame.into(kept[k]) for k in AVERAGES if k in kept and kept[k].shape == site.shape})
-            self._slots[program, name] = tuple(fresh)
-        return self._slots[program, name]
-
     def refresh(self, program: Program, state: Mapping[Any, dict[str, Any]], params: Mapping[str, Tensor]) -> None:
         """The preconditioner's work outside the step, after a step."""
         preconditioner = program.mode.preconditioner
@@ -77,20 +57,27 @@ class Kept:
         for name in program.trained:
             preconditioner.refresh(found[name], state[params[name]], self.taken)
 
-    def forget(self, program: Program) -> None:
-        """Let go of a program that was used once."""
-        for key in [key for key in self._slots if key[0] is program]:
-            del self._slots[key]
-
     def load(self, count: Any, params: Mapping[str, Tensor]) -> None:
-        """Take a saved count of steps, or None; tensors that were there before are not known any more."""
-        self._slots.clear()
+        """Take a saved count of steps, or None."""
         self.count, self.taken = None, 0
         if count is not None:
             self.count, self.taken = torch.as_tensor(count).to(_zero(params), copy=True), int(count)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"count": self.count, "taken": self.taken, "_slots": {}}
+
+def _slots(program: Program, name: str, params: Mapping[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
+    """The preconditioner's slots of one parameter."""
+    preconditioner = program.mode.preconditioner
+    if preconditioner is None:
+        return {}
+    like = params[name].detach().new_zeros((), dtype=accumulate_dtype(params[name].dtype))
+    site = program.sites(params)[name]
+    fresh = preconditioner.state(site, like)
+    missing = [slot for slot, t in fresh.items() if kept.get(slot) is None or kept[slot].shape != t.shape]
+    kept.update({slot: fresh[slot] for slot in missing})
+    frame = frame_of(preconditioner, site, fresh)
+    if missing and frame is not None:  # averages that were kept without a frame go into the first one
+        kept.update({k: frame.into(kept[k]) for k in AVERAGES if k in kept and kept[k].shape == site.shape})
+    return {slot: kept[slot] for slot in fresh}
 
 
 def _average(program: Program, name: str, params: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -18,19 +19,21 @@ class Last:
 
     Args:
         program: what ran.
-        inputs: as given to ``train_step``. Its tensors are referred to weakly: nothing of a batch is kept alive.
-        target: as given to ``train_step``.
+        leaves: of the batch. Tensors are referred to weakly: nothing of a batch is kept alive.
+        spec: of ``(inputs, target)``, as given to ``train_step``.
     """
 
-    def __init__(self, program: Program, inputs: Any, target: Any) -> None:
+    def __init__(self, program: Program, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
         self.program = program
-        self._batch = pytree.tree_map_only(Tensor, weakref.ref, (inputs, target))
+        self._leaves = [weakref.ref(t) if isinstance(t, Tensor) else t for t in leaves]
+        self._spec = spec
 
     def batch(self) -> tuple[Any, Any] | None:
         """``(inputs, target)``, or None where a tensor of it is gone."""
-        if any(isinstance(leaf, weakref.ref) and leaf() is None for leaf in pytree.tree_leaves(self._batch)):
+        found = [t() if isinstance(t, weakref.ref) else t for t in self._leaves]
+        if any(t is None and isinstance(held, weakref.ref) for t, held in zip(found, self._leaves, strict=True)):
             return None
-        inputs, target = pytree.tree_map_only(weakref.ref, lambda reference: reference(), self._batch)
+        inputs, target = pytree.tree_unflatten(found, self._spec)
         return inputs, target
 
 

@@ -36,7 +36,7 @@ _PREFIXES = ("_orig_mod.", "module.")
 _OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile")
 _PLAIN = (bool, int, float, str, type(None))
 _PLAIN_TYPES = frozenset(_PLAIN)
-_REGISTRIES = frozenset(nn.Module().__dict__)
+REGISTRIES = frozenset(nn.Module().__dict__)
 
 
 def compile(
@@ -239,7 +239,7 @@ class CompiledModule(nn.Module):
             (v, copy.copy(v))
             for m in modules
             for n, v in m.__dict__.items()
-            if type(v) in (list, dict, set) and n not in _REGISTRIES
+            if type(v) in (list, dict, set) and n not in REGISTRIES
         ]
         try:
             with random_state(self._original.parameters()):

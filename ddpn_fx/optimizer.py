@@ -27,6 +27,7 @@ from ddpn_fx.passes.metric import Preconditioner
 from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
+from ddpn_fx.ready import Given, Ready, entries_of, normal
 from ddpn_fx.structure import mode_of, refuse_mixing, structure_of
 
 
@@ -115,11 +116,12 @@ class DDPNOpt(Optimizer):
         self.feedback, self.decoupled, self.beta1 = feedback, decoupled, beta1
         self.gain, self.trust, self.tikhonov = gain, trust, tikhonov
         check_loop(self.gain, self.trust, self.tikhonov, self.beta1)
-        self.stats: dict[str, Tensor] = {}
+        self._values: Tensor | None = None
         self.stage_stats: dict[str, Tensor] = {}
         self._figures_wanted = False
         self._last: Last | None = None
         self._programs: dict[Any, Lowered] = {}
+        self._ready: dict[Any, Ready] = {}
         self._vector: tuple[Any, Tensor] | None = None
         self._kept = Kept()
         self._faults = Faults()
@@ -215,32 +217,31 @@ class DDPNOpt(Optimizer):
         the model runs in the lower precision, and the recursion in float32 as always. On a GPU nothing here waits for
         the device, so a ``LossError`` may come some steps late; no faulty step changes a weight.
         """
-        net = self.net
-        own_loss = net._options["loss"] is None
-        args, kwargs, targets, batch = split_batch("DDPNOpt.train_step", inputs, target, own_loss=own_loss)
         with torch.inference_mode(False), torch.no_grad():
-            leaves, spec = pytree.tree_flatten((args, kwargs, targets))
-            leaves = [_normal(t) if isinstance(t, Tensor) else t for t in leaves]
-            params = dict(net.named_parameters(remove_duplicate=False))
-            buffers = dict(net.named_buffers(remove_duplicate=False))
-            lowered = self._lowered(leaves, spec, batch, params, buffers)
+            given = Given(inputs, target)
+            key = given.key(), structure_of(self)
+            ready = self._ready.get(key)
+            if ready is None or not ready.holds():
+                ready = self._ready[key] = self._make_ready(inputs, target)
+            program, params = ready.lowered.program, ready.params
             vector = self._hyper_vector(params)
-            state = self._kept.of(lowered.program, self.state, params)
             with _full_precision(params):
-                flat = lowered.signature.flatten(
-                    {n: params[n].detach() for n in lowered.signature.params}, buffers, leaves, vector, state
-                )
-                (values,) = lowered.run(*flat)
-            self._kept.refresh(lowered.program, self.state, params)
-        self.stats = dict(zip(STATISTICS, values[: len(STATISTICS)].unbind(), strict=True))
-        self._last = Last(lowered.program, inputs, target)
+                values = ready.run(given, vector)
+            self._kept.refresh(program, self.state, params)
+        self._values = values[: len(STATISTICS)]
+        self._last = Last(program, given.leaves, given.spec)
         self.stage_stats = stage_figures(values) if self._figures_wanted else {}
         self._figures_wanted = False
         self._opt_called = True  # torch's schedulers look for a step before theirs
-        if getattr(self._factor, "floor", None) is not None or lowered.program.chain.loss_node is None:
-            for arrived in self._faults.arrived(values[: len(STATISTICS)]):
+        if getattr(self._factor, "floor", None) is not None or program.chain.loss_node is None:
+            for arrived in self._faults.arrived(self._values):
                 self._raise_fault(dict(zip(STATISTICS, arrived.tolist(), strict=True)))
-        return self.stats["loss"]
+        return self._values[STATISTICS.index("loss")]
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """Of the last step: loss, predicted decrease, max |y|, clamps, skipped; 0-d tensors, not synchronised."""
+        return {} if self._values is None else dict(zip(STATISTICS, self._values.unbind(), strict=True))
 
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
         """Not available: the step needs the batch, which ``loss.backward()`` does not keep.
@@ -273,6 +274,20 @@ class DDPNOpt(Optimizer):
             )
 
     # -- programs ----------------------------------------------------------------------------------
+
+    def _make_ready(self, inputs: Any, target: Any) -> Ready:
+        """The program for such a batch, with all that it runs on."""
+        net = self.net
+        own_loss = net._options["loss"] is None
+        args, kwargs, targets, batch = split_batch("DDPNOpt.train_step", inputs, target, own_loss=own_loss)
+        leaves, spec = pytree.tree_flatten((args, kwargs, targets))
+        leaves = [normal(t) if isinstance(t, Tensor) else t for t in leaves]
+        params = dict(net.named_parameters(remove_duplicate=False))
+        buffers = dict(net.named_buffers(remove_duplicate=False))
+        lowered = self._lowered(leaves, spec, batch, params, buffers)
+        state = self._kept.of(lowered.program, self.state, params)
+        kept = [self.state, *(self.state[p] for p in params.values() if p in self.state)]
+        return Ready(lowered, params, buffers, state, [*entries_of(net._original), *((k, k) for k in kept)])
 
     def _lowered(
         self,
@@ -366,6 +381,7 @@ class DDPNOpt(Optimizer):
             for key in GROUP_KEYS:
                 group.setdefault(key, self.defaults[key])
         self._kept.load(step, dict(self.net.named_parameters()))
+        self._ready.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
@@ -392,15 +408,11 @@ class DDPNOpt(Optimizer):
         self.__dict__.setdefault("_programs", {})
         self.__dict__.setdefault("_vector", None)
         self.__dict__.setdefault("_faults", Faults())
-        self.__dict__.setdefault("stats", {})
+        self.__dict__.setdefault("_ready", {})
+        self.__dict__.setdefault("_values", None)
         self.__dict__.setdefault("stage_stats", {})
         self.__dict__.setdefault("_figures_wanted", False)
         self.__dict__.setdefault("_last", None)
-
-
-def _normal(t: Tensor) -> Tensor:
-    """The values alone: not an inference tensor, which autograd cannot save, and no part of the user's graph."""
-    return t.clone() if t.is_inference() else t.detach()
 
 
 def _full_precision(params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:

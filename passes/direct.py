@@ -62,9 +62,15 @@ class Direct:
             run = self._programs[situation] = self._compile(flat)
         return run(*flat)
 
+    def program(self, flat: Sequence[Tensor]) -> Run | None:
+        """What a call with such tensors runs, where that is a program of inductor's: good for the same situation."""
+        situation = None if torch._dynamo.config.disable else self._situation(flat)
+        return None if situation is None else self._programs.get(situation)
+
     def _situation(self, flat: Sequence[Tensor]) -> Any:
         """What a program holds for; None where that is Dynamo's to judge."""
-        if torch._dynamo.eval_frame._stance.stance != "default":
+        now = settings()
+        if now[0] != "default":
             return None
         if any([type(t) is not Tensor or t.is_conj() or t.is_neg() or t.requires_grad for t in flat]):
             return None
@@ -73,7 +79,7 @@ class Direct:
         written = [homes[i] for i in self._written if homes[i]]  # 0: an empty tensor
         if len(set(written)) < len(written) or not others.isdisjoint(written):
             return None
-        return tuple([(t.shape, t.stride(), t.dtype, t.device) for t in flat]), settings()
+        return tuple([(t.shape, t.stride(), t.dtype, t.device) for t in flat]), now
 
     def _compile(self, flat: Sequence[Tensor]) -> Run:
         self.compiled += 1
@@ -137,9 +143,11 @@ def replays(options: Mapping[str, Any]) -> bool:
 
 
 def settings() -> tuple[Any, ...]:
-    """Settings of torch that a compiled program may have in it."""
+    """Settings of torch that a compiled program may have in it, and those by which it is chosen."""
     backends: Any = torch.backends
     return (
+        torch._dynamo.eval_frame._stance.stance,
+        torch._dynamo.config.disable,
         torch.get_num_threads(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),

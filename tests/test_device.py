@@ -182,6 +182,7 @@ def test_a_fault_is_told_when_it_arrives(monkeypatch):
     opt.train_step(x, y)
     opt._factor = replace(opt._factor, floor=1e6)  # from here on every sample's loss is below it
     opt._programs.clear()
+    opt._ready.clear()
     before = net.weight.detach().clone()
     opt.train_step(x, y)
     opt.train_step(x, y)
