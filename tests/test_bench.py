@@ -22,7 +22,7 @@ def test_a_compiled_baseline_is_torchs_optimizer(rule, monkeypatch):
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
     theirs = copy.deepcopy(ours)
-    optimizer = BASELINES[rule](theirs.parameters(), lr=0.1)
+    (optimizer,) = BASELINES[rule](theirs, 0.1)
     step = compiled_baseline(ours, F.cross_entropy, "eager", rule, 0.1)
     for _ in range(4):
         x, y = torch.randn(8, 5, dtype=torch.float64), torch.randint(3, (8,))

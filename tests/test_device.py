@@ -214,4 +214,8 @@ def test_timing_and_memory_on_a_cpu():
     calls = []
     seconds = interleaved({"step": lambda x, y: calls.append(x)}, [(x, y)], repeats=3, warm=2)
     assert (len(calls), len(seconds["step"])) == (5, 3)
+    calls.clear()
+    both = {"a": lambda x, y: calls.append("a"), "b": lambda x, y: calls.append("b")}
+    seconds = interleaved(both, [(x, y)], repeats=3, warm=2, run=2)
+    assert ("".join(calls), len(seconds["a"]), len(seconds["b"])) == ("aabbaabbab", 3, 3)
     assert peak_bytes(lambda x, y: (x + 1).sum(), x, y) >= x.numel() * 4

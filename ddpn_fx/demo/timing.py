@@ -19,6 +19,7 @@ def interleaved(
     repeats: int,
     warm: int,
     clock: Callable[[], float] = time.perf_counter,
+    run: int = 1,
 ) -> dict[str, list[float]]:
     """Time training steps in turn, so that what else the machine does falls on all alike.
 
@@ -28,20 +29,23 @@ def interleaved(
         repeats: timed calls of each step.
         warm: calls of each before the timed ones.
         clock: seconds; ``time.process_time`` leaves out what other processes do, and is for steps on one thread.
+        run: calls of a step in a row before it is another's turn, as a training makes them. After another's step the
+            caches hold nothing of its own, and a small network's takes longer than in a training.
 
     Returns:
         The seconds of each timed call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(warm + repeats):
-        x, y = batches[repeat % len(batches)]
+    for first in range(0, warm + repeats, run):
         for name, step in steps.items():
-            _wait(x)
-            started = clock()
-            step(x, y)
-            _wait(x)
-            if repeat >= warm:
-                seconds[name].append(clock() - started)
+            for repeat in range(first, min(first + run, warm + repeats)):
+                x, y = batches[repeat % len(batches)]
+                _wait(x)
+                started = clock()
+                step(x, y)
+                _wait(x)
+                if repeat >= warm:
+                    seconds[name].append(clock() - started)
     return seconds
 
 

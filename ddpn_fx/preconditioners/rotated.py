@@ -43,7 +43,7 @@ class EigenFactored(Factored):
 
     Args:
         basis_decay: of the moving averages that the bases diagonalise.
-        refresh_every: steps between two eigendecompositions.
+        refresh_every: steps between two eigendecompositions. From 10 to 40 the trainings of docs/notes.md do not change.
         max_size: most elements of a side that are turned together. A larger side is cut into equal parts, each with a
             basis of its own; one without a divisor of a quarter of what is allowed (a prime number), and an embedding's
             indices, keep their coordinates.
@@ -58,7 +58,7 @@ class EigenFactored(Factored):
 
     decay: float = 0.95
     basis_decay: float = 0.95
-    refresh_every: int = 10
+    refresh_every: int = 40
     max_size: int = 128
     max_cost: float = 1.0
 

@@ -1,6 +1,7 @@
 """A step's time, FLOPs and peak memory against SGD's, all compiled.
 
-The steps of a model alternate in one process, so that what else the machine does falls on all alike; the table shows
+The steps of a model alternate in one process, ten in a row, so that what else the machine does falls on all alike and
+a step finds its own data in the caches, as in a training; the table shows
 medians over SGD's, and means, which have in them what is not done in every step (bases of a metric that are renewed).
 SGD is one compiled program too: forward, backward and update in place. Adam, Muon and SOAP are the usual loop around a
 compiled model. FLOPs are counted in the graphs (`torch.utils.flop_counter`: matrix products and convolutions), memory
@@ -23,7 +24,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from ddpn_fx.demo.compare import plain_step
 from ddpn_fx.demo.timing import interleaved, peak_bytes
 
 Step = Callable[[Tensor, Tensor], Tensor]
-LR = 0.01
+LR, LR_OF_PEERS = 0.01, 0.001
+RUN = 10  # steps in a row, as a training takes them
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "nonlinear": {"rollout": "nonlinear"},
@@ -53,7 +55,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups": {},  # coupling comes from the command line
     "open": {"feedback": False},
 }
-PLAIN = ("adam", "muon", "soap")
 
 
 @dataclass
@@ -153,9 +154,9 @@ def sgd(problem: Problem, backend: str, batch: tuple[Tensor, Tensor]) -> Contest
 
 
 def plain(name: str, problem: Problem, backend: str) -> Contestant:
-    """A torch optimizer, or SOAP, in the usual loop around a compiled model."""
+    """An optimizer of ``PEERS`` in the usual loop around a compiled model."""
     model = problem.build()
-    optimizers = _optimizers(name, model)
+    optimizers = PEERS[name](model, LR_OF_PEERS)
     forward = torch.compile(model, backend=backend, dynamic=False)
 
     def held() -> list[Tensor]:
@@ -164,24 +165,30 @@ def plain(name: str, problem: Problem, backend: str) -> Contestant:
     return Contestant(plain_step(forward, *optimizers, loss=problem.loss), held)
 
 
-def _optimizers(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
-    if name == "adam":
-        return [torch.optim.Adam(model.parameters(), lr=1e-3)]
-    if name == "muon":  # for matrices alone; Adam takes the rest, as its authors do
-        matrices = [p for p in model.parameters() if p.dim() == 2]
-        rest = [p for p in model.parameters() if p.dim() != 2]
-        return [torch.optim.Muon(matrices, lr=1e-3), *([torch.optim.Adam(rest, lr=1e-3)] if rest else [])]
-    return [soap(model.parameters(), lr=1e-3)]
+def muon(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, at steps of Adam's scale; Adam for the rest and for embeddings, as its authors do."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    ours = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
+    rest = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
+    first = torch.optim.Muon(ours, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [first, *([torch.optim.Adam(rest, lr=lr)] if rest else [])]
 
 
-def soap(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def soap(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """SOAP at heavyball's defaults."""
     try:
         import heavyball
     except ModuleNotFoundError:
         sys.exit("SOAP needs the bench extra: pip install 'ddpn-fx[bench]'")
-    found: torch.optim.Optimizer = heavyball.SOAP(parameters, lr=lr)
-    return found
+    return [heavyball.SOAP(model.parameters(), lr=lr)]
+
+
+# Optimizers of others in the usual loop, by name, each (model, step size) -> what updates it.
+PEERS: dict[str, Callable[[nn.Module, float], list[torch.optim.Optimizer]]] = {
+    "adam": lambda model, lr: [torch.optim.Adam(model.parameters(), lr=lr)],
+    "muon": muon,
+    "soap": soap,
+}
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -228,7 +235,7 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
         contestant.step(*batches[0])
         contestant.first = time.perf_counter() - started
     steps = {method: contestant.step for method, contestant in contestants.items()}
-    seconds = interleaved(steps, batches, chosen.repeats, chosen.warm)
+    seconds = interleaved(steps, batches, chosen.repeats, chosen.warm, run=RUN)
     rows = {}
     for method, contestant in contestants.items():
         held = size_of([*contestant.held(), *batches[0]])
@@ -283,7 +290,7 @@ def arguments() -> argparse.Namespace:
     default = Path(__file__).parents[1] / "results/bench/step.json"
     parser.add_argument("--out", metavar="FILE", type=Path, default=default)
     chosen = parser.parse_args()
-    known = {"--models": ("models", [*problems()]), "--methods": ("methods", [*OPTIONS, *PLAIN])}
+    known = {"--models": ("models", [*problems()]), "--methods": ("methods", [*OPTIONS, *PEERS])}
     for flag, (name, allowed) in known.items():
         given = allowed if getattr(chosen, name) == ["all"] else getattr(chosen, name)
         wrong = [v for v in given if v not in allowed]

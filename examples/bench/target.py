@@ -3,11 +3,12 @@
 DDPNOpt is there at its defaults, in the metric "eigen-factored" at one setting, and tuned. A task's target is the merit
 with which its best baseline ends, the mean over the seeds. What counts is the first evaluation at which a method's mean
 over the seeds reaches it. Every baseline's step size, and DDPNOpt's setting in the row "tuned", are chosen by one
-training of each on other held-out data than those that are reported. Seconds are steps times the mean of twenty steps,
-measured in turn at the end. A baseline is charged its whole step as one compiled program, the update in it.
+training of each on other held-out data than those that are reported. Seconds are steps times the mean of forty steps,
+ten in a row, measured in turn at the end. A baseline is charged its whole step as one compiled program, its update too.
 
-With ``--peers`` SOAP (of `heavyball`, in the `bench` extra) is trained too, its step size tuned over Adam's grid. It is
-a row beside, charged heavyball's own step around a compiled model; the target stays that of the three.
+With ``--peers`` SOAP (of `heavyball`, in the `bench` extra) and Muon (torch's) are trained too, their step sizes tuned
+over Adam's grid. They are rows beside, charged their own step around a compiled model; the target stays that of the
+three.
 
     python examples/bench/target.py --data FOLDER                     all tasks, hours on one core; it is resumed
     python examples/bench/target.py --data FOLDER --tasks mnist-128   a part, and the page of all that is there
@@ -21,13 +22,13 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from step import compiled_baseline, soap
+from step import compiled_baseline, muon, soap
 from tasks import TASKS, Loaded, Task
 from torch import Tensor, nn
 
@@ -40,12 +41,13 @@ from ddpn_fx.preconditioners import Diagonal, EigenFactored, Factored
 
 RESULTS = Path(__file__).resolve().parents[1] / "results/bench/target.json"
 SEEDS, EVALUATIONS = 3, 20
-BASELINES: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SGD": torch.optim.SGD,
-    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-    "Adam": torch.optim.Adam,
+Optimizers = Callable[[nn.Module, float], list[torch.optim.Optimizer]]  # of a model, at a step size
+BASELINES: dict[str, Optimizers] = {
+    "SGD": lambda model, lr: [torch.optim.SGD(model.parameters(), lr=lr)],
+    "momentum": lambda model, lr: [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)],
+    "Adam": lambda model, lr: [torch.optim.Adam(model.parameters(), lr=lr)],
 }
-PEERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"SOAP": soap}  # rows beside, which set no target
+PEERS: dict[str, Optimizers] = {"SOAP": soap, "Muon": muon}  # rows beside, which set no target
 OPTIMIZERS = BASELINES | PEERS
 DEFAULT = "DDPNOpt"
 GROUPS = "coupling 64"  # a row of its own where the batch is larger: the cheaper form for large batches
@@ -104,10 +106,10 @@ class Record:
 class Bench:
     """One task's data, a module that all trainings share, and the record; with peers that are trained or recorded."""
 
-    def __init__(self, task: Task, folder: str | None, record: Record, peers: bool) -> None:
+    def __init__(self, task: Task, folder: str | None, record: Record, peers: Sequence[str]) -> None:
         self.task, self.record = task, record
         recorded = {c["method"] for c in record.cells.values() if c["task"] == task.key and c["seed"] == SEEDS - 1}
-        self.peers = [name for name in PEERS if peers or name in recorded]
+        self.peers = [name for name in PEERS if name in peers or name in recorded]
         self.loaded: Callable[[], Loaded] = cache(lambda: task.load(folder))
         self._net: Any = None
 
@@ -145,7 +147,7 @@ class Bench:
         if method not in SETTINGS:
             model = self.loaded().build().to(memory_format=torch.channels_last)
             model.load_state_dict(weights)
-            return plain_step(model, OPTIMIZERS[method](model.parameters(), lr=value), loss=self.task.loss), model
+            return plain_step(model, *OPTIMIZERS[method](model, value), loss=self.task.loss), model
         self.net().load_state_dict(weights)
         lr, options = SETTINGS[method]
         return ddpn_fx.DDPNOpt(self.net(), lr=lr, **options).train_step, self.net()
@@ -195,12 +197,12 @@ class Bench:
         steps: dict[str, Any] = {rival: baseline}
         for name in self.peers:
             model = torch.compile(loaded.build(), dynamic=False)
-            opt = PEERS[name](model.parameters(), lr=chosen[name][1])
-            steps[name] = plain_step(model, opt, loss=self.task.loss)
+            steps[name] = plain_step(model, *PEERS[name](model, chosen[name][1]), loss=self.task.loss)
         for name in names:
             lr, options = SETTINGS[name]
             steps[name] = ddpn_fx.DDPNOpt(self.net(), lr=lr, **options).train_step
-        seconds = interleaved(steps, batches, repeats=20, warm=10)  # a mean: every tenth step renews the bases
+        # A mean, of as many steps as there are between two renewals of the bases, after their early ones.
+        seconds = interleaved(steps, batches, repeats=40, warm=40, run=10)
         self.record.times[self.task.key] = {k: 1e3 * statistics.fmean(v) for k, v in seconds.items()}
         self.record.write()
 
@@ -290,7 +292,7 @@ def picture(path: Path, benches: list[tuple[Bench, Chosen]]) -> None:
     for axes, (bench, chosen) in zip(panels, benches, strict=False):
         rival = bench.rival(chosen)
         colors = {rival: "#0072b2", DEFAULT: "#c1272d", GROUPS: "#009e73", EIGEN: "#9467bd", TUNED: "#e69f00"}
-        colors |= {EIGEN_GROUPS: "#8c564b"} | dict.fromkeys(bench.peers, "#777777")
+        colors |= {EIGEN_GROUPS: "#8c564b"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
         for row in (rival, *bench.peers, *ours(chosen)):
             curve = bench.curve(*chosen[row])
             label = row if row in ours(chosen) else f"{row}, tuned"
@@ -320,7 +322,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="DIR", help="folder of the .npz files (see ddpn_fx.data)")
     parser.add_argument("--tasks", nargs="+", choices=[t.key for t in TASKS], default=[t.key for t in TASKS])
-    parser.add_argument("--peers", action="store_true", help="SOAP too; what is recorded of it is shown in any case")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=[], help="rows beside; recorded ones are shown anyway"
+    )
     parser.add_argument("--train-only", action="store_true", help="no times, no page: the machine is not at rest")
     parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -333,7 +337,7 @@ def main() -> None:
                 Bench(task, options.data, record, options.peers).run(timed=not options.train_only)
         if options.train_only:
             return
-        benches = [(b := Bench(t, options.data, record, False), b.run()) for t in complete(record)]
+        benches = [(b := Bench(t, options.data, record, ()), b.run()) for t in complete(record)]
     summaries = {b.task.key: summary(b, chosen) for b, chosen in benches}
     record.write(tasks=summaries)
     picture(options.out.with_suffix(".png"), benches)

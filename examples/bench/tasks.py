@@ -165,7 +165,7 @@ _RESNET = images("cifar10", residual, flat=False, held=2000)
 TASKS = [
     *(
         Task(f"mnist-{batch}", "MNIST, ReLU 784-32x4-10", _dense("mnist"), F.cross_entropy, batch, steps)
-        for batch, steps in ((32, 1500), (128, 800), (512, 400))
+        for batch, steps in ((32, 1500), (128, 800), (512, 400), (1024, 300))
     ),
     Task("fashion-128", "Fashion-MNIST, ReLU 784-32x4-10", _dense("fashion_mnist"), F.cross_entropy, 128, 1000),
     Task("fashion-512", "Fashion-MNIST, ReLU 784-32x4-10", _dense("fashion_mnist"), F.cross_entropy, 512, 400),
