@@ -43,7 +43,7 @@ class EigenFactored(Factored):
 
     Args:
         basis_decay: of the moving averages that the bases diagonalise.
-        refresh_every: steps between two eigendecompositions. From 10 to 40 the trainings of docs/notes.md do not change.
+        refresh_every: steps between two eigendecompositions.
         max_size: most elements of a side that are turned together. A larger side is cut into equal parts, each with a
             basis of its own; one without a divisor of a quarter of what is allowed (a prime number), and an embedding's
             indices, keep their coordinates.
@@ -58,7 +58,7 @@ class EigenFactored(Factored):
 
     decay: float = 0.95
     basis_decay: float = 0.95
-    refresh_every: int = 40
+    refresh_every: int = 10
     max_size: int = 128
     max_cost: float = 1.0
 
@@ -111,14 +111,16 @@ class EigenFactored(Factored):
             return
         for k, slot in enumerate(("row", "column")):
             second = state.get(f"second{k}")
-            if second is None or not bool(second.isfinite().all()):
+            if second is None or not math.isfinite(float(second.diagonal(dim1=-2, dim2=-1).sum())):
                 continue
             values, fresh = torch.linalg.eigh(second)  # in the present basis
             second.copy_(values.diag_embed())
             state[slot].copy_((fresh.mT**2 @ state[slot].reshape(*values.shape, 1)).flatten())
             basis = state[f"basis{k}"] @ fresh
-            # Newton's step to the nearest orthonormal basis, so that products of products stay one.
-            state[f"basis{k}"].copy_(1.5 * basis - 0.5 * basis @ (basis.mT @ basis))
+            if step % (10 * self.refresh_every) == 0:
+                # Newton's step to the nearest orthonormal basis, so that products of products stay one.
+                basis = 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
+            state[f"basis{k}"].copy_(basis)
             for name in AVERAGES:
                 if name in state:
                     parts = state[name].transpose(0, k).unflatten(0, values.shape)

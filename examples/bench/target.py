@@ -3,7 +3,7 @@
 DDPNOpt is there at its defaults, in the metric "eigen-factored" at one setting, and tuned. A task's target is the merit
 with which its best baseline ends, the mean over the seeds. What counts is the first evaluation at which a method's mean
 over the seeds reaches it. Every baseline's step size, and DDPNOpt's setting in the row "tuned", are chosen by one
-training of each on other held-out data than those that are reported. Seconds are steps times the mean of forty steps,
+training of each on other held-out data than those that are reported. Seconds are steps times the mean of twenty steps,
 ten in a row, measured in turn at the end. A baseline is charged its whole step as one compiled program, its update too.
 
 With ``--peers`` SOAP (of `heavyball`, in the `bench` extra) and Muon (torch's) are trained too, their step sizes tuned
@@ -201,8 +201,8 @@ class Bench:
         for name in names:
             lr, options = SETTINGS[name]
             steps[name] = ddpn_fx.DDPNOpt(self.net(), lr=lr, **options).train_step
-        # A mean, of as many steps as there are between two renewals of the bases, after their early ones.
-        seconds = interleaved(steps, batches, repeats=40, warm=40, run=10)
+        # A mean, of two runs in each of which the bases are renewed once, after their early renewals.
+        seconds = interleaved(steps, batches, repeats=20, warm=10, run=10)
         self.record.times[self.task.key] = {k: 1e3 * statistics.fmean(v) for k, v in seconds.items()}
         self.record.write()
 
