@@ -222,6 +222,7 @@ class DDPNOpt(Optimizer):
             key = given.key(), structure_of(self)
             ready = self._ready.get(key)
             if ready is None or not ready.holds():
+                self._ready = {k: r for k, r in self._ready.items() if r.holds()}  # no weights of before are kept
                 ready = self._ready[key] = self._make_ready(inputs, target)
             program, params = ready.lowered.program, ready.params
             vector = self._hyper_vector(params)

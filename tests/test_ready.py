@@ -199,6 +199,10 @@ def test_what_a_step_rests_on_is_made_once(monkeypatch):
     for x, y in batches(2):
         opt.train_step(x, y)
     assert made_for == [(8, 5), (4, 5)]
+    assert len(opt._ready) == 2
+    double(opt)
+    opt.train_step(x.double(), y)
+    assert len(opt._ready) == 1, "weights of another time are kept"
 
 
 def test_a_batch_in_the_memory_of_a_weight_is_not_run_by_the_program_of_others():
