@@ -1,8 +1,8 @@
 """A step's time, FLOPs and peak memory against SGD's, all compiled.
 
 The steps of a model alternate in one process, ten in a row, so that what else the machine does falls on all alike and
-a step finds its own data in the caches, as in a training; the table shows
-medians over SGD's, and means, which have in them what is not done in every step (bases of a metric that are renewed).
+a step finds its own data in the caches, as in a training. The table shows medians over SGD's, and means, which have in
+them what is not done in every step (bases of a metric that are renewed).
 SGD is one compiled program too: forward, backward and update in place. Adam, Muon and SOAP are the usual loop around a
 compiled model. FLOPs are counted in the graphs (`torch.utils.flop_counter`: matrix products and convolutions), memory
 in torch's allocations during one step, beside the weights, the optimizer's state and the batch.
