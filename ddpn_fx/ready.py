@@ -52,10 +52,11 @@ class Given:
 
 
 def normal(t: Tensor) -> Tensor:
-    """The values alone: not an inference tensor, which autograd cannot save, and no part of the user's graph."""
-    if t.is_inference():
-        return t.clone()
-    return t.detach() if t.requires_grad or type(t) is not Tensor else t
+    """The values alone: not an inference tensor, which autograd cannot save, and no part of the user's graph.
+
+    Always another object: a trace takes two inputs that are one object for one.
+    """
+    return t.clone() if t.is_inference() else t.detach()
 
 
 class Watch:

@@ -220,6 +220,22 @@ def test_a_batch_in_the_memory_of_a_weight_is_not_run_by_the_program_of_others()
     assert torch.equal(*weights)
 
 
+def test_inputs_that_are_the_target_itself_are_one_batch_among_others():
+    """As of an autoencoder: what was traced on them holds for a target of its own."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 6, 4, generator=generator)
+    weights = []
+    for backend in ("eager", "inductor", "untraced"):
+        torch.manual_seed(0)
+        how = {"disable": True} if backend == "untraced" else {"backend": backend}
+        opt = ddpn_fx.DDPNOpt(ddpn_fx.compile(nn.Linear(4, 4), loss=F.mse_loss, **how), lr=1.0)
+        for pair in ((x, x), (x, y), (y, y), (y, x)):
+            opt.train_step(*pair)
+        weights.append(opt.net.weight.detach().clone())
+    assert torch.allclose(weights[0], weights[2], atol=1e-6)
+    assert torch.allclose(weights[1], weights[2], atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["inference", "needs gradients", "negative", "a parameter"])
 def test_a_batch_of_another_kind_takes_the_same_step(kind):
     weights = []
