@@ -101,7 +101,7 @@ def other_weights(opt):
     opt.net.load_state_dict({k: 0.5 * v for k, v in opt.net.state_dict().items()})
 
 
-def layer_appended(opt):
+def pre_hook(opt):
     opt.net.last.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1.0,))
 
 
@@ -113,7 +113,7 @@ def state_loaded(opt):
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
 
 
-def state_of_another_kind(opt):
+def other_state(opt):
     slots = opt.state[opt.net.last.weight]
     slots["row"] = torch.full_like(slots["row"], 2.0)
 
@@ -148,10 +148,10 @@ CHANGES = [
     other_buffer,
     buffer_values,
     other_weights,
-    layer_appended,
+    pre_hook,
     other_activation,
     state_loaded,
-    state_of_another_kind,
+    other_state,
     state_dropped,
     smaller_step,
     no_momentum,
