@@ -95,7 +95,8 @@ def policies(
         RuntimeError: no inputs were given, and there was no step yet or its batch is gone.
 
     The policies are those that the next step on this batch would use: at the present weights, lr, gain and moments, of
-    the unfolded recursion (which is the same policy). Nothing of the model, the optimizer or the random state changes.
+    the unfolded recursion (which is the same policy; with ``cg_iterations`` the one that these tend to). Nothing of the
+    model, the optimizer or the random state changes.
     A tied parameter that an earlier stage owns is part of the state too; its columns are left out.
 
     Source: Fig. 5 of Liu, Chen and Theodorou (2021), which shows these for the convolutions of a network on MNIST;
@@ -164,7 +165,7 @@ class _Run:
         self.buffers = dict(net.named_buffers(remove_duplicate=False))
         chain = net.capture(inputs, target, with_target=bool(targets))
         refuse_mixing(_CALL, chain, opt.feedback)
-        mode = replace(mode_of(opt, named), fold=False, stages=False)
+        mode = replace(mode_of(opt, named), fold=False, stages=False, iterations=None)
         self.program = Program(chain, mode, batch, self.leaves)
         self.vector = opt._hyper_vector(named)
         self.state = opt._kept.of(self.program, opt.state, named)

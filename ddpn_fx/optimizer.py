@@ -28,7 +28,7 @@ from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mo
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
 from ddpn_fx.ready import Given, Ready, entries_of, normal
-from ddpn_fx.structure import mode_of, refuse_mixing, structure_of
+from ddpn_fx.structure import mode_of, refuse_iterations, refuse_mixing, structure_of
 
 
 class DDPNOpt(Optimizer):
@@ -58,6 +58,9 @@ class DDPNOpt(Optimizer):
         momentum: as ``torch.optim.SGD``'s, on the direction Gamma omega.
         beta1: Adam's bias-corrected average of the direction.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
+        cg_iterations: solve by so many conjugate gradients, without K and without per-sample gradients, for large
+            batches; None: dense. For the one system of the defaults: coupling ``"batch"``, ``quu`` and ``rollout`` as
+            they are, gain 1 (a number), no trust, no tikhonov.
 
     ``gain``, ``trust``, ``tikhonov`` and ``beta1`` are attributes that may be changed between steps, as the groups'
     numbers; another number costs nothing, a change to or from 0, 1 or None may compile another program.
@@ -96,6 +99,7 @@ class DDPNOpt(Optimizer):
         momentum: float = 0.0,
         beta1: float = 0.0,
         tikhonov: float = 0.0,
+        cg_iterations: int | None = None,
     ) -> None:
         check_arguments(
             net,
@@ -106,6 +110,7 @@ class DDPNOpt(Optimizer):
             decoupled=decoupled,
             curvature=curvature,
             loss_floor=loss_floor,
+            cg_iterations=cg_iterations,
         )
         self._preconditioner = preconditioners.make(preconditioner)
         self._factor = terminals.make(
@@ -114,7 +119,7 @@ class DDPNOpt(Optimizer):
         self.net = net
         self.coupling, self.quu, self.rollout = coupling, quu, rollout
         self.feedback, self.decoupled, self.beta1 = feedback, decoupled, beta1
-        self.gain, self.trust, self.tikhonov = gain, trust, tikhonov
+        self.gain, self.trust, self.tikhonov, self.cg_iterations = gain, trust, tikhonov, cg_iterations
         check_loop(self.gain, self.trust, self.tikhonov, self.beta1)
         self._values: Tensor | None = None
         self.stage_stats: dict[str, Tensor] = {}
@@ -126,6 +131,7 @@ class DDPNOpt(Optimizer):
         self._kept = Kept()
         self._faults = Faults()
         self._fold_allowed = not isinstance(gain, Tensor)
+        refuse_iterations(self)
         if lr is None:
             lr = getattr(self._preconditioner, "default_lr", 1.0)
         super().__init__(initial_groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -397,6 +403,7 @@ class DDPNOpt(Optimizer):
             "tikhonov",
             "gain",
             "trust",
+            "cg_iterations",
             "_factor",
             "_kept",
             "_preconditioner",

@@ -23,6 +23,7 @@ def check_arguments(
     decoupled: Any,
     curvature: Any,
     loss_floor: Any,
+    cg_iterations: Any,
 ) -> None:
     """Check what is fixed when the optimizer is made.
 
@@ -38,6 +39,13 @@ def check_arguments(
         coupling not in ("batch", "sample") and not (isinstance(coupling, int) and coupling >= 1)
     ):
         raise ValueError(f"DDPNOpt: coupling={coupling!r} must be 'batch', 'sample' or a positive group size")
+    if cg_iterations is not None and not (
+        isinstance(cg_iterations, int) and not isinstance(cg_iterations, bool) and cg_iterations >= 1
+    ):
+        raise ValueError(
+            f"DDPNOpt: cg_iterations={cg_iterations!r} must be a positive number of iterations, "
+            "or None for the dense solve"
+        )
     for name, flag in (("feedback", feedback), ("decoupled", decoupled)):
         if not isinstance(flag, bool):
             raise ValueError(f"DDPNOpt: {name}={flag!r} must be True or False")

@@ -54,6 +54,7 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
             "so there is nothing to train"
         )
     off = opt.net._options["off"]
+    refuse_iterations(opt)
     return Mode(
         terminal=opt._factor,
         coupling=opt.coupling,
@@ -74,9 +75,37 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         average=average,
         preconditioner=opt.preconditioner,
         tikhonov=regularized,
+        iterations=opt.cg_iterations if opt.feedback else None,
         stages=figures,
         off=off,
     )
+
+
+def refuse_iterations(opt: DDPNOpt) -> None:
+    """Refuse an iterative solve where the solves of all stages are not one, of the whole batch.
+
+    Raises:
+        ValueError: they are not; it names the options in the way.
+    """
+    if opt.cg_iterations is None or not opt.feedback:
+        return
+    moments = "gradient" if opt.preconditioner is None else opt.preconditioner.moments
+    asked = {
+        "coupling='batch'": opt.coupling == "batch",
+        "quu='gauss-newton'": opt.quu == "gauss-newton",
+        "rollout='linear'": opt.rollout == "linear",
+        "gain=1.0 (a number, no tensor)": opt._fold_allowed and float(opt.gain) == 1.0,
+        "trust=None": opt.trust is None,
+        "tikhonov=0.0": not float(opt.tikhonov),
+        "a preconditioner with moments='gradient'": moments == "gradient",
+        "the pass 'fold'": "fold" not in opt.net._options["off"],
+    }
+    missing = [what for what, holds in asked.items() if not holds]
+    if missing:
+        raise ValueError(
+            f"DDPNOpt: cg_iterations={opt.cg_iterations} solves for the whole batch and all stages at once, "
+            f"which needs {', '.join(missing)}; or leave cg_iterations out for the dense solve"
+        )
 
 
 def refuse_mixing(call: str, chain: Chain, feedback: bool) -> None:

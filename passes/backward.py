@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
@@ -22,10 +23,11 @@ from ddpn_fx.passes.derive import Twin
 from ddpn_fx.passes.frame import Frame, FramedGamma, frame_of
 from ddpn_fx.passes.gamma import Gamma, Gammas
 from ddpn_fx.passes.ir import Chain, Stage
+from ddpn_fx.passes.iterative import Vector, conjugate_gradients
 from ddpn_fx.passes.linearize import pullback
 from ddpn_fx.passes.metric import Metric, Moment, sites
 from ddpn_fx.passes.mode import Hyper, Mode, slots_of, state_key
-from ddpn_fx.passes.numeric import real
+from ddpn_fx.passes.numeric import accumulate_dtype, real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.simulate import Trajectory
@@ -45,7 +47,8 @@ class Linearization:
         grams: per stage eta K_t, (G, n, n).
         decay: per stage v_t, (G, n), or None.
         policies: per stage.
-        folded: (omega, sum K, sum v) where the solves are folded.
+        folded: (omega, y_T) where the solves are folded.
+        contracted: parameter name -> Gamma omega, where the folded solve has it already.
         frames: parameter name -> its frame, where its metric and directions are in one.
         metrics: parameter name -> its metric, where the preconditioner is not the identity.
         metric_state: what the preconditioner keeps, by key.
@@ -62,7 +65,8 @@ class Linearization:
     grams: list[Tensor] = field(default_factory=list)
     decay: list[Tensor | None] = field(default_factory=list)
     policies: list[bellman.Policy] = field(default_factory=list)
-    folded: tuple[Tensor, Tensor, Tensor] | None = None
+    folded: tuple[Tensor, Tensor] | None = None
+    contracted: dict[str, Tensor] = field(default_factory=dict)
     frames: dict[str, Frame] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
     metric_state: dict[str, Tensor] = field(default_factory=dict)
@@ -193,6 +197,7 @@ class _Recursion:
         self.sites = {} if mode.preconditioner is None else sites(chain, self.params)
         self.group = dict(mode.group)
         self._exact: tuple[Tensor, Gammas] | None = None
+        self._gradient: dict[str, Tensor] = {}  # Gamma b_T of the parameters that have a metric
 
     def open_loop(self, pulled: Iterator[Stage]) -> None:
         """Q_ux = 0: the metrics alone."""
@@ -208,21 +213,33 @@ class _Recursion:
             if mode.preconditioner is not None and mode.preconditioner.moments == "value":
                 weighted = linear.blocks.merge(row.b) * linear.weight
             self._metrics(stage, weighted)
-            gram, decay = self._gram(stage)
-            linear.grams.insert(0, gram)
-            linear.decay.insert(0, decay)
+            if mode.forms_grams:
+                linear.grams.insert(0, self._gram(stage))
+            linear.decay.insert(0, self._decay(stage))
             if mode.fold:
                 continue
             with origin({"role": "solve", "stage": stage.index}):
-                linear.policies.insert(0, row.step(gram, decay))
+                linear.policies.insert(0, row.step(linear.grams[0], linear.decay[0]))
                 if mode.tikhonov and stage.index:
                     z = _columns_of(linear.states[0], linear)
                     row.regularize(self.hyper.tikhonov * bellman.projection(z, linear.blocks))
         if mode.fold:
             with origin({"role": "solve"}):
-                linear.folded = bellman.folded(linear.grams, linear.decay, linear.terminal)
+                linear.folded = self._folded()
         elif row.clamps is not None:
             linear.clamps = row.clamps if linear.clamps is None else linear.clamps + row.clamps
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """The one omega of all stages, and its y_T."""
+        linear, iterations = self.linear, self.mode.iterations
+        if iterations is None:
+            return bellman.folded(linear.grams, linear.decay, linear.terminal)
+        b, decays = linear.terminal.b, any(v is not None for v in linear.decay)
+        shift = bellman.sum_vectors(linear.decay, linear.terminal)
+        start = self._mapped(b - linear.terminal.curved * shift) if decays else self._mapped(b, self._gradient)
+        omega, y = conjugate_gradients(self._mapped, start, shift, linear.terminal, iterations)
+        linear.contracted = omega.contracted
+        return omega.value, y
 
     def _row(self) -> bellman.Row:
         if self.mode.quu == "preconditioner":
@@ -244,7 +261,7 @@ class _Recursion:
             frame = frame_of(preconditioner, self.sites[gamma.name], slots_of(gamma.name, self.state))
             if frame is not None:
                 linear.frames[gamma.name] = frame
-                blocks = linear.blocks if self.mode.feedback else None
+                blocks = linear.blocks if self.mode.feedback and self.mode.forms_grams else None
                 linear.gammas.include(FramedGamma(gamma, frame, self.sites[gamma.name], blocks))
         for gamma, whole in self._with_directions(stage, b):
             name = gamma.name
@@ -262,9 +279,10 @@ class _Recursion:
         linear, names = self.linear, self.controls[stage.index]
         if not (self.chain.has_statistics and self.mode.feedback):
             for gamma in linear.gammas.of(names):
-                if self.mode.feedback:
+                if self.mode.feedback and self.mode.forms_grams:
                     gamma.form(linear.blocks)
-                yield gamma, gamma.contract(b)
+                self._gradient[gamma.name] = gamma.contract(b)
+                yield gamma, self._gradient[gamma.name]
             return
         if self._exact is None or self._exact[0] is not b:
             assert self.mode.preconditioner is not None
@@ -273,25 +291,51 @@ class _Recursion:
         for gamma, through in zip(linear.gammas.of(names), self._exact[1].of(names), strict=True):
             yield gamma, linear.framed(gamma.name, through.contract(torch.ones_like(b[:, :1])))
 
-    def _gram(self, stage: Stage) -> tuple[Tensor, Tensor | None]:
-        """eta K_t and v_t of one stage."""
+    def _gram(self, stage: Stage) -> Tensor:
+        """eta K_t of one stage."""
         linear, hyper, blocks = self.linear, self.hyper, self.linear.blocks
         gram: Tensor | None = None
+        for gamma in linear.gammas.of(self.controls[stage.index]):
+            with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
+                term = gamma.gram(blocks, linear.metrics.get(gamma.name)).to(linear.gammas.dtype)
+                term = hyper.lr[self.group[gamma.name]] * term
+                gram = term if gram is None else gram + term
+        return linear.weight.new_zeros(blocks.count, blocks.size, blocks.size) if gram is None else gram
+
+    def _decay(self, stage: Stage) -> Tensor | None:
+        """v_t of one stage; None where nothing decays."""
+        linear, hyper = self.linear, self.hyper
         decay: Tensor | None = None
         for gamma in linear.gammas.of(self.controls[stage.index]):
-            g, metric = self.group[gamma.name], linear.metrics.get(gamma.name)
-            with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
-                term = hyper.lr[g] * gamma.gram(blocks, metric).to(linear.gammas.dtype)
-                gram = term if gram is None else gram + term
-                if self._decays(gamma.name):
-                    value = linear.framed(gamma.name, self.params[gamma.name])
-                    inner = gamma.inner(value if metric is None else metric.solve(value).to(value.dtype))
-                    assert inner is not None
-                    term = blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * inner.to(linear.gammas.dtype))
+            if self._decays(gamma.name):
+                g = self.group[gamma.name]
+                with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
+                    term = self._reaction(gamma, linear.framed(gamma.name, self.params[gamma.name]))
+                    term = linear.blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * term)
                     decay = term if decay is None else decay + term
-        if gram is None:
-            gram = linear.weight.new_zeros(blocks.count, blocks.size, blocks.size)
-        return gram, decay
+        return decay
+
+    def _mapped(self, vector: Tensor, known: Mapping[str, Tensor] = MappingProxyType({})) -> Vector:
+        """A vector (G, n) of one block with sum K v, without K, and Gamma v, of which some may be known."""
+        linear = self.linear
+        omega = linear.blocks.merge(vector)
+        image, contracted = torch.zeros_like(vector), {}
+        for stage in self.chain.stages:
+            for gamma in linear.gammas.of(self.controls[stage.index]):
+                with origin({"role": "solve", "stage": stage.index, "module_path": gamma.name}):
+                    direction = known[gamma.name] if gamma.name in known else gamma.contract(omega)
+                    contracted[gamma.name] = direction.to(accumulate_dtype(direction.dtype))
+                    term = self._reaction(gamma, direction)
+                    image = image + linear.blocks.columns_of(self.hyper.lr[self.group[gamma.name]] * term)
+        return Vector(vector, image, contracted)
+
+    def _reaction(self, gamma: Gamma, direction: Tensor) -> Tensor:
+        """Gamma^T M^-1 D for a direction of a parameter, (B, R)."""
+        metric = self.linear.metrics.get(gamma.name)
+        solved = direction if metric is None else metric.solve(direction).to(direction.dtype)
+        inner = gamma.inner(solved)
+        assert inner is not None
+        return inner.to(self.linear.gammas.dtype)
 
 
 def _columns_of(state: Mapping[fx.Node, Tensor], result: Linearization) -> Tensor:

@@ -97,9 +97,7 @@ def factorize(total: Tensor, root: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(matrix)[0]
 
 
-def folded(
-    grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal
-) -> tuple[Tensor, Tensor, Tensor]:
+def folded(grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Terminal) -> tuple[Tensor, Tensor]:
     """The one omega of all stages: Gauss-Newton, linear rollout, gain 1, no trust clip (DESIGN 2.2).
 
     Args:
@@ -108,13 +106,14 @@ def folded(
         terminal: (b_T, C_T).
 
     Returns:
-        ``(omega, sum K, sum v)``.
+        omega, and y_T, what it does at the last state: ``-(sum K omega + sum v)``; each (G, n).
     """
     total = _sum(grams)
-    shift = _sum_vectors(decay, terminal)
+    shift = sum_vectors(decay, terminal)
     root = terminal.curved.sqrt()
     rhs = terminal.beta - shift - matvec(total, terminal.free)
-    return terminal.free + root * solve(factorize(total, root), root * rhs), total, shift
+    omega = terminal.free + root * solve(factorize(total, root), root * rhs)
+    return omega, -(matvec(total, omega) + shift)
 
 
 class Row:
@@ -249,6 +248,7 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _sum_vectors(terms: Sequence[Tensor | None], terminal: Terminal) -> Tensor:
+def sum_vectors(terms: Sequence[Tensor | None], terminal: Terminal) -> Tensor:
+    """sum v of those stages that have one, (G, n)."""
     present = [t for t in terms if t is not None]
     return _sum(present) if present else torch.zeros_like(terminal.beta)

@@ -82,11 +82,10 @@ class Rollout:
     def _folded(self) -> dict[str, Tensor]:
         """One omega for every stage."""
         assert self.linear.folded is not None
-        omega, total, shift = self.linear.folded
+        omega, y = self.linear.folded
         for stage in self.chain.stages:
             self._update(stage, omega)
         with origin({"role": "solve"}):
-            y = -(bellman.matvec(total, omega) + shift)
             return self._closed_statistics(y, omega.isfinite().all(), y.new_zeros(()))
 
     def _closed_loop(self) -> dict[str, Tensor]:
@@ -146,8 +145,12 @@ class Rollout:
             gammas, factor = self._exact[1], torch.ones_like(weighted[:, :1])
         for gamma in gammas.of(self.controls[stage.index]):
             with origin({"role": "update", "stage": stage.index, "module_path": gamma.name}):
-                direction = gamma.contract(factor)
-                self._change(gamma.name, self.linear.framed(gamma.name, direction) if through else direction)
+                if through:
+                    direction = self.linear.framed(gamma.name, gamma.contract(factor))
+                else:
+                    at_hand = self.linear.contracted.get(gamma.name)
+                    direction = gamma.contract(factor) if at_hand is None else at_hand
+                self._change(gamma.name, direction)
 
     def _change(self, name: str, direction: Tensor) -> Tensor:
         """du of one parameter: ``-eta M^-1 (Gamma omega + wd u)``, through momentum or beta1's average.

@@ -150,8 +150,9 @@ class Gamma:
         return self.parameters.pull(entry.argument, part.to(self.parameters[entry.argument].dtype))[self.name]
 
     def _entry_inner(self, entry: Entry, direction: Tensor) -> Tensor:
-        if entry.use.isometry[entry.position]:
-            return entry.rule.inner(entry.argument, self.parameters.push(entry.argument, {self.name: direction}))
+        pushed = self.parameters.push(entry.argument, self.name, direction)
+        if pushed is not None:
+            return entry.rule.inner(entry.argument, pushed)
         columns = self._entry_columns(entry)
         dtype = accumulate_dtype(columns.dtype)
         return columns.reshape(*columns.shape[:2], -1).to(dtype) @ direction.flatten().to(dtype)

@@ -27,7 +27,7 @@ from ddpn_fx.passes.numeric import differentiable
 from ddpn_fx.passes.objective import placeholder_values
 from ddpn_fx.passes.provenance import describe, label, origin
 from ddpn_fx.passes.rules import Rule, rule_by_name
-from ddpn_fx.passes.rules.base import vjp
+from ddpn_fx.passes.rules.base import change, vjp
 
 Env = dict[fx.Node, Any]
 Cotangents = dict[fx.Node, Tensor]
@@ -75,10 +75,15 @@ class Parameters:
             pull = torch.func.vmap(torch.func.vmap(pull))
         return dict(zip(names, pull(cotangent), strict=True))
 
-    def push(self, node: fx.Node, directions: Mapping[str, Tensor]) -> Tensor:
-        """The change of an isometric parameter-only node for a change of its parameter (both linear)."""
-        (name,) = self._sources(node)
-        return Parameters(self.chain, {**self.params, name: directions[name]}, self.context)[node]
+    def push(self, node: fx.Node, name: str, direction: Tensor) -> Tensor | None:
+        """The change of a parameter-only node for a change of one of its parameters; None as of :func:`change`."""
+        if node.op == "placeholder":
+            return direction
+
+        def value(tensor: Tensor) -> Any:
+            return Parameters(self.chain, {**self.params, name: tensor}, self.context)[node]
+
+        return change(value, self.params[name], direction)
 
     def _sources(self, node: fx.Node) -> list[str]:
         if node.op == "placeholder":

@@ -331,7 +331,7 @@ def parts(
         linear = program.backward(trajectory, hyper, s)
         given = iter(flat[len(base) + len(kept) :])
         if linear.folded is not None:
-            linear.folded = (next(given), next(given), next(given))
+            linear.folded, linear.contracted = (next(given), next(given)), {}
         else:
             for policy in linear.policies:
                 policy.open = next(given)

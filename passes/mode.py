@@ -84,6 +84,7 @@ class Mode:
         average: whether directions are averaged with beta1.
         preconditioner: what makes M; None for the identity.
         tikhonov: whether eps_V is added.
+        iterations: of the folded solve without K (:mod:`ddpn_fx.passes.iterative`); None: the dense solve.
         stages: whether the figures of every stage are computed as well (:mod:`ddpn_fx.passes.figures`).
         off: names of the optional passes that are switched off (:mod:`ddpn_fx.passes.catalogue`).
     """
@@ -102,6 +103,7 @@ class Mode:
     average: bool
     preconditioner: Preconditioner | None = None
     tikhonov: bool = False
+    iterations: int | None = None
     stages: bool = False
     off: tuple[str, ...] = ()
 
@@ -109,6 +111,11 @@ class Mode:
     def one_column(self) -> bool:
         """Whether a single cotangent a sample is pulled back, without ``vmap``."""
         return not self.feedback or self.terminal.single_column
+
+    @property
+    def forms_grams(self) -> bool:
+        """Whether K_t of every stage is formed: for a dense solve, and for the figures."""
+        return self.iterations is None or self.stages
 
     @property
     def buffer(self) -> str:

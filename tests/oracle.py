@@ -97,6 +97,7 @@ class Settings:
     momentum: float | Mapping[str, float] = 0.0
     beta1: float = 0.0
     tikhonov: float = 0.0
+    cg_iterations: int | None = None
 
     def __post_init__(self) -> None:
         allowed = {
@@ -111,6 +112,10 @@ class Settings:
             raise ValueError(f"coupling={self.coupling!r} is neither 'batch', 'sample' nor a group size")
         if self.beta1 and any(_values(self.momentum)):
             raise ValueError("momentum and beta1 together: choose one average of the direction")
+        if self.cg_iterations and (self.coupling, self.quu, self.rollout, self.gain) != (
+            *("batch", "gauss-newton", "linear", 1.0),
+        ):
+            raise ValueError("cg_iterations is for the one folded solve of the whole batch")
 
 
 @dataclass
@@ -632,6 +637,24 @@ def step(
         if settings.tikhonov and t >= 1:
             C[t] = C[t] + settings.tikhonov * tikhonov_term(Z[t], B, r)
 
+    # conjugate gradients: one omega for all stages, known by what it does to the control
+    found: Params = {}
+    if settings.cg_iterations and settings.feedback:
+        trained = [
+            (name, G)
+            for stage, columns in zip(stages, Gamma, strict=True)
+            for name, G in zip(stage.controls, columns, strict=True)
+            if _of(settings.lr, name) > 0
+        ]
+        whole = torch.cat([G for _, G in trained], 1)
+        solve = torch.block_diag(*[_of(settings.lr, name) * inverse[name] for name, _ in trained])
+        decays = [0.0 if settings.decoupled else _of(settings.weight_decay, name) for name, _ in trained]
+        pull = torch.cat([wd * params[name].flatten() for wd, (name, _) in zip(decays, trained, strict=True)])
+        change = conjugate_gradients(whole, solve, pull, C_T, b_T, settings.cg_iterations)
+        sizes = [params[name].numel() for name, _ in trained]
+        gradients = (-torch.linalg.solve(solve, change) - pull).split(sizes)
+        found = {name: gradient for (name, _), gradient in zip(trained, gradients, strict=True)}
+
     # feedback
     buffers = {name: _double(buffer) for name, buffer in (buffers or {}).items()}
     controls, du = dict(params), {name: torch.zeros_like(u) for name, u in params.items()}
@@ -645,7 +668,7 @@ def step(
         b_policy, C_policy = policy[t]
         omega.append(b_policy + settings.gain * C_policy @ seen if settings.feedback else b_T)
         for name, G in zip(stage.controls, Gamma[t], strict=True):
-            d = G.T @ (in_du * omega[t])
+            d = found[name] if name in found else G.T @ (in_du * omega[t])
             if isinstance(settings.lr, Mapping) and name not in settings.lr:
                 continue
             gradient = d.reshape(params[name].shape)
@@ -655,6 +678,9 @@ def step(
         y.append(y[t] - (K[t] @ omega[t] + v[t]) if settings.feedback else y[t])
         with torch.no_grad():
             xhat = stage.f(controls, tuple(x.clone() for x in xhat))
+
+    if found:
+        y[T] = whole @ change
 
     model = -(in_du * (b_T * y[T] + y[T] * (C_T @ y[T]) / 2)).sum()
     return Result(
@@ -681,6 +707,27 @@ def step(
         inverse=inverse,
         controls=[stage.controls for stage in stages],
     )
+
+
+def conjugate_gradients(G: Tensor, solve: Tensor, pull: Tensor, C: Tensor, b: Tensor, iterations: int) -> Tensor:
+    """du (M,) after some iterations on the whole control, from the decay's own ``-solve pull``.
+
+    The textbook's (Hestenes and Stiefel 1952), of ``(M/eta + Gamma C Gamma^T) du = -(Gamma b + wd u)``, preconditioned
+    with M/eta. G (N, M) are Gamma's columns, solve is eta M^-1, pull wd u.
+    """
+    A = torch.linalg.inv(solve) + G.T @ C @ G
+    du = -solve @ pull
+    r = -(G.T @ b + pull) - A @ du
+    p = z = solve @ r
+    scale = r @ z
+    for _ in range(iterations):
+        if r @ z <= 1e-30 * scale:
+            break
+        length = (r @ z) / (p @ A @ p)
+        du, left = du + length * p, r - length * A @ p
+        p = solve @ left + (left @ solve @ left) / (r @ z) * p
+        r, z = left, solve @ left
+    return du
 
 
 def reaction(x: State, xhat: State, Z: Tensor, later_uses: Sequence[Params], du: Params) -> Tensor:

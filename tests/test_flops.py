@@ -155,6 +155,19 @@ def test_a_step_of_full_rank_costs_what_the_law_says():
     assert got == pytest.approx(sum(p.work(16, 9, 1) for p in layers), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("options", [{}, {"preconditioner": "factored"}, {"weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("iterations", [1, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_iteration_costs_a_forward_pass_and_a_weight_gradient(name, iterations, options):
+    """The gradient of a metric is the first of the weight gradients, the update's own the sum of all."""
+    batch = 64
+    got, layers = measured(name, batch, cg_iterations=iterations, **options)
+    whole = [2 * batch * p.positions * p.inputs * p.outputs for p in layers]
+    want = sum(w * (2 * iterations + (1 if p.first else 2)) for w, p in zip(whole, layers, strict=True))
+    want += sum(whole) if "weight_decay" in options else 0  # what it alone does to the last state
+    assert got == pytest.approx(want, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["convolutions", "sequence"])
 def test_a_metric_costs_one_more_contraction(name):
     """Its moments are those of the gradient. Where per-sample gradients are formed, both contractions are with them."""

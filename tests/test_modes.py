@@ -42,6 +42,8 @@ RECURSIONS = {
     },
     "tikhonov-preconditioner": {"tikhonov": 0.01, "quu": "preconditioner", "lr": 0.05},
     "open": {"feedback": False, "lr": 0.1},
+    "cg-1": {"cg_iterations": 1, "lr": 3.0},
+    "cg-3": {"cg_iterations": 3, "lr": 3.0},
 }
 
 EXTRAS = {
@@ -54,6 +56,9 @@ EXTRAS = {
     "momentum": {"momentum": 0.9, "lr": 0.1},
     "momentum-nonlinear": {"momentum": 0.9, "weight_decay": 0.01, "rollout": "nonlinear", "lr": 0.1},
     "beta1": {"beta1": 0.9, "lr": 0.1},
+    "cg": {"cg_iterations": 2},
+    "cg-decay": {"cg_iterations": 2, "weight_decay": 0.05},
+    "cg-decoupled-momentum": {"cg_iterations": 3, "weight_decay": 0.05, "decoupled": True, "momentum": 0.9, "lr": 0.1},
     "open-all": {"feedback": False, "momentum": 0.9, "weight_decay": 0.01, "lr": 0.1},
     "open-decoupled-beta1": {"feedback": False, "beta1": 0.9, "weight_decay": 0.01, "decoupled": True, "lr": 0.1},
 }
@@ -72,6 +77,7 @@ def pairs():
                 "group",
                 "nonlinear",
                 "paper",
+                "cg-3",
             ):
                 continue
             if terminal == "bound-all" and "trust" in RECURSIONS[recursion]:

@@ -651,7 +651,7 @@ def test_parameters_of_another_shape_are_followed():
 STATES = {
     "plain": {},
     "momentum": {"momentum": 0.9, "weight_decay": 0.01},
-    "beta1": {"beta1": 0.9},
+    "beta1": {"beta1": 0.9, "cg_iterations": 2},
     "nonlinear": {"momentum": 0.5, "rollout": "nonlinear"},
 }
 

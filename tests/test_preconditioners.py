@@ -243,6 +243,8 @@ SETTINGS = {
     "exact, decay, momentum": oracle.Settings(lr=0.05, terminal="exact", weight_decay=0.02, momentum=0.8),
     "decoupled, beta1": oracle.Settings(lr=0.05, weight_decay=0.02, decoupled=True, beta1=0.7),
     "open loop": oracle.Settings(lr=0.05, feedback=False, weight_decay=0.02),
+    "conjugate gradients": oracle.Settings(lr=0.05, cg_iterations=2),
+    "conjugate gradients, decay, beta1": oracle.Settings(lr=0.05, cg_iterations=3, weight_decay=0.02, beta1=0.7),
 }
 TURNS = {"decay": 0.9, "eps": 1e-3, "basis_decay": 0.8, "refresh_every": 2}
 PRECONDITIONERS = {
@@ -260,6 +262,8 @@ PRECONDITIONERS = {
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("kind", PRECONDITIONERS)
 def test_every_mode_equals_the_oracle_in_the_dense_metric(kind, settings, moments):
+    if SETTINGS[settings].cg_iterations and moments == "value":
+        pytest.skip("moments of V need the recursion stage by stage")
     compare("mlp-tanh", PRECONDITIONERS[kind](moments), SETTINGS[settings])
 
 

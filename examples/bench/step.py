@@ -14,8 +14,8 @@ in torch's allocations during one step, beside the weights, the optimizer's stat
     python examples/bench/step.py --models all --device cuda
 
 `--methods` are of: default, nonlinear, rank2, full, diagonal, factored, eigen-factored, kronecker, eigen-kronecker,
-groups, open, adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as
-Markdown.
+groups, cg, eigen-factored-cg, open, adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON
+and the table as Markdown.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eigen-factored": {"preconditioner": "eigen-factored", "beta1": 0.9},
     "kronecker": {"preconditioner": "kronecker"},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker"},
-    "groups": {},  # coupling comes from the command line
+    "groups": {},  # what these three have beside comes from the command line
+    "cg": {},
+    "eigen-factored-cg": {"preconditioner": "eigen-factored", "beta1": 0.9},
     "open": {"feedback": False},
 }
 
@@ -227,8 +229,12 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
     batches = [tuple(t.to(chosen.device) for t in draw(batch)) for _ in range(8)]
     contestants: dict[str, Contestant] = {"SGD": sgd(problem, chosen.backend, batches[0])}
     for method in chosen.methods:
-        options = {"coupling": chosen.coupling} if method == "groups" else OPTIONS.get(method)
-        made = plain(method, problem, chosen.backend) if options is None else ddpnopt(options, problem, chosen.backend)
+        if method in PEERS:
+            made = plain(method, problem, chosen.backend)
+        else:
+            given = {"groups": {"coupling": chosen.coupling}}
+            given |= dict.fromkeys(("cg", "eigen-factored-cg"), {"cg_iterations": chosen.iterations})
+            made = ddpnopt(OPTIONS[method] | given.get(method, {}), problem, chosen.backend)
         contestants[method] = made
     for contestant in contestants.values():
         started = time.perf_counter()
@@ -279,6 +285,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512, help="of the MLP's hidden layers (default: 512)")
     parser.add_argument("--depth", type=int, default=4, help="number of the MLP's hidden layers (default: 4)")
     parser.add_argument("--coupling", type=int, default=64, help="samples in a group, for method groups (default: 64)")
+    parser.add_argument("--iterations", type=int, default=5, help="of the methods with cg (default: 5)")
     parser.add_argument("--backend", default="inductor", help="of torch.compile, for all (default: inductor)")
     parser.add_argument("--device", default="cpu", help="where models and batches are (default: cpu)")
     parser.add_argument("--repeats", type=int, default=60, help="timed calls of each step (default: 60)")

@@ -61,6 +61,10 @@ class Affine(Rule):
         """One product with the columns."""
         return self.contract_columns(argument, omega)
 
+    def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
+        """One product with the columns."""
+        return self.inner_columns(argument, direction)
+
 
 class Expand(Rule):
     """Rule for ``expand(p, sizes)``: a parameter repeated over the batch (a class token)."""

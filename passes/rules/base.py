@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ddpn_fx.passes.ir import Layout
-from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.numeric import accumulate_dtype, real
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,20 @@ class Blocks:
 def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
     """``torch.func.vjp`` without ``has_aux``: the value and its pullback (torch types it as two values or three)."""
     return cast(tuple[Any, Callable[..., Any]], torch.func.vjp(function, *primals))
+
+
+def change(function: Callable[[Tensor], Any], primal: Tensor, direction: Tensor) -> Tensor | None:
+    """The value's change along a direction, by the adjoint of its pullback; None where that has no derivative.
+
+    Not by forward derivatives: where an operator's pullback is not their adjoint (an embedding's padding, a
+    straight-through estimator) the gradient is what the pullback says.
+    """
+    like = torch.zeros_like(function(primal))
+    try:
+        _, push = vjp(lambda cotangent: vjp(function, primal)[1](cotangent)[0], like)
+        return cast(Tensor, push(direction.to(primal.dtype))[0])
+    except RuntimeError:  # NotImplementedError is one; a backward that is no differentiable function raises others
+        return None
 
 
 def batch_first(t: Tensor, layout: Layout, batch: int, at: int = 0) -> Tensor:
@@ -168,10 +182,27 @@ class Rule:
         return self._ordered(flat.reshape(columns.shape[2:]), argument).to(value.dtype)
 
     def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
-        """Gamma^T D: (B, R) for a direction D of the argument's shape."""
-        columns = self.dense(argument)
+        """Gamma^T D: (B, R) for a direction D of the argument's shape. The output's change along D, or the columns."""
+        if argument not in self._dense:
+            moved = change(lambda p: self._apply(self.values, {argument: p}), self.values[argument], direction)
+            if moved is not None:
+                return self._along(moved)
+        return self.inner_columns(argument, direction)
+
+    def inner_columns(self, argument: fx.Node, direction: Tensor) -> Tensor:
+        """Gamma^T D as one product with the columns, for a rule that has formed them or whose are small."""
+        columns, direction = real(self.dense(argument)), real(direction)
         dtype = accumulate_dtype(columns.dtype)
         return columns.reshape(*columns.shape[:2], -1).to(dtype) @ direction.flatten().to(dtype)
+
+    def _along(self, moved: Tensor) -> Tensor:
+        """<h, change of the output> of every sample and column: (B, R)."""
+        layout = self.layouts[self.node]
+        h = real(batch_first(self.cotangent, layout, self.batch, at=1))
+        moved = real(batch_first(moved, layout, self.batch))
+        dtype = accumulate_dtype(h.dtype)
+        products = h.to(dtype) * moved.to(dtype)
+        return products.reshape(*products.shape[:2], -1).sum(-1).mT
 
     def dense(self, argument: fx.Node) -> Tensor:
         """Gamma's columns: (B, R, *M)."""

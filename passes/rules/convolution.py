@@ -154,6 +154,11 @@ class Convolution(Rule):
             return self.contract_columns(argument, omega)
         return super().contract(argument, omega)
 
+    def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
+        """The weight's by a convolution with the direction, or with the per-sample gradients that are at hand."""
+        by_columns = not self._is_weight(argument)
+        return self.inner_columns(argument, direction) if by_columns else super().inner(argument, direction)
+
 
 def _groups(node: fx.Node) -> int:
     return int(cast(int, node.args[6])) if len(node.args) > 6 else 1

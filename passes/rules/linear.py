@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.numeric import accumulate_dtype, real
 from ddpn_fx.passes.rules.base import Blocks, Rule, gram_matrix, positions, prefer_grams, product_gram, second_moment
 
 
@@ -99,11 +99,11 @@ class Linear(Rule):
 
     def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
         """<h, x D^T> or <h, d>, summed over positions."""
-        dtype = accumulate_dtype(self.h.dtype)
-        if self._is_weight(argument):
-            change = self.x @ direction.to(self.x.dtype).mT
-            return (self.h.to(dtype) * change.to(dtype)[:, None]).sum((2, 3))
-        return self.h.to(dtype).sum(2) @ direction.to(dtype)
+        if not self._is_weight(argument):
+            return self.inner_columns(argument, direction)
+        h, change = real(self.h), real(self.x @ direction.to(self.x.dtype).mT)
+        dtype = accumulate_dtype(h.dtype)
+        return (h.to(dtype) * change.to(dtype)[:, None]).flatten(2).sum(2)
 
     def _columns(self, argument: fx.Node) -> Tensor:
         dtype = accumulate_dtype(self.h.dtype)
