@@ -11,6 +11,7 @@ from torch import nn
 
 import ddpn_fx
 from ddpn_fx.demo import relu_network
+from ddpn_fx.passes.rules.base import change
 from ddpn_fx.preconditioners import Diagonal, EigenFactored, EigenKronecker
 from tests.harness import compare
 from tests.models import case, cases
@@ -105,6 +106,25 @@ def test_with_many_iterations_it_is_the_dense_solve(make, options):
         assert torch.allclose(opt.stats[name], dense.stats[name], rtol=1e-6, atol=1e-12), name
     few, _, _ = stepped(make, cg_iterations=1, **options)
     assert gap(few, want) > 1e-4 * moved, "one iteration is something else, so that the test can fail"
+
+
+class Distances(nn.Module):
+    """City-block distances to centers, whose backward torch cannot differentiate."""
+
+    def __init__(self):
+        super().__init__()
+        self.centers, self.head = nn.Parameter(torch.randn(5, 64)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.exp(-torch.cdist(x, self.centers, p=1.0) / 64))
+
+
+def test_where_a_pullback_has_no_derivative_columns_serve():
+    x, centers = batch()[0], torch.randn(5, 64, dtype=torch.float64)
+    assert change(lambda c: torch.cdist(x, c, p=1.0), centers, centers) is None
+    want, moved, _ = stepped(Distances)
+    got, _, _ = stepped(Distances, cg_iterations=20)
+    assert gap(got, want) < 1e-7 * moved
 
 
 @pytest.mark.parametrize("lr", [0.1, 3.0, 100.0])

@@ -232,9 +232,12 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
         if method in PEERS:
             made = plain(method, problem, chosen.backend)
         else:
-            given = {"groups": {"coupling": chosen.coupling}}
-            given |= dict.fromkeys(("cg", "eigen-factored-cg"), {"cg_iterations": chosen.iterations})
-            made = ddpnopt(OPTIONS[method] | given.get(method, {}), problem, chosen.backend)
+            options = dict(OPTIONS[method])
+            if method == "groups":
+                options["coupling"] = chosen.coupling
+            elif method.endswith("cg"):
+                options["cg_iterations"] = chosen.iterations
+            made = ddpnopt(options, problem, chosen.backend)
         contestants[method] = made
     for contestant in contestants.values():
         started = time.perf_counter()

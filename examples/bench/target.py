@@ -53,6 +53,7 @@ DEFAULT = "DDPNOpt"
 GROUPS = "coupling 64"  # a row of its own where the batch is larger: the cheaper form for large batches
 EIGEN = "eigen-factored, beta1 0.9, lr 0.01"  # a row of its own: the other setting that is one for all tasks
 EIGEN_GROUPS = f"{EIGEN}, coupling 64"  # the same in groups
+EIGEN_CG = f"{EIGEN}, cg 5"  # the same by conjugate gradients, on large batches of what is not dear
 # What the row "tuned" chooses from: name -> (lr, options).
 ADAM_LIKE = Diagonal(decay=0.99, bias_correction=True, relative_eps=0.01)
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -60,6 +61,7 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     GROUPS: (1.0, {"coupling": 64}),
     EIGEN: (0.01, {"preconditioner": EigenFactored(), "beta1": 0.9}),
     EIGEN_GROUPS: (0.01, {"preconditioner": EigenFactored(), "beta1": 0.9, "coupling": 64}),
+    EIGEN_CG: (0.01, {"preconditioner": EigenFactored(), "beta1": 0.9, "cg_iterations": 5}),
     "eigen-factored, beta1 0.9, lr 0.003": (0.003, {"preconditioner": EigenFactored(), "beta1": 0.9}),
     "lr 0.3": (0.3, {}),
     "lr 3": (3.0, {}),
@@ -76,7 +78,7 @@ Chosen = dict[str, tuple[str, float]]  # row -> the method and value that were c
 
 def ours(chosen: Chosen) -> list[str]:
     """DDPNOpt's rows."""
-    return [row for row in (DEFAULT, GROUPS, EIGEN, EIGEN_GROUPS, TUNED) if row in chosen]
+    return [row for row in (DEFAULT, GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_CG, TUNED) if row in chosen]
 
 
 class Record:
@@ -162,12 +164,13 @@ class Bench:
         chosen: Chosen = {}
         for name, values in (*self.task.grids.items(), *((name, self.task.grids["Adam"]) for name in self.peers)):
             chosen[name] = name, max(values, key=lambda v, name=name: self._choice(name, v))
-        settings = [s for s in SETTINGS if s not in (GROUPS, EIGEN_GROUPS) or self.task.batch > 64]
+        least = {GROUPS: 65, EIGEN_GROUPS: 65, EIGEN_CG: 512}  # the batch from which a setting is tried
+        settings = [s for s in SETTINGS if self.task.batch >= least.get(s, 1)]
         if self.task.dear:
             settings = [s for s in settings if s in TRIED_WHERE_DEAR]
         tuned = max(settings, key=lambda s: self._choice(s, SETTINGS[s][0]))
         chosen |= {DEFAULT: (DEFAULT, SETTINGS[DEFAULT][0]), TUNED: (tuned, SETTINGS[tuned][0])}
-        chosen |= {row: (row, SETTINGS[row][0]) for row in (GROUPS, EIGEN, EIGEN_GROUPS) if row in settings}
+        chosen |= {row: (row, SETTINGS[row][0]) for row in (GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_CG) if row in settings}
         for row in (self.rival(chosen), *self.peers, *ours(chosen)):
             for seed in range(SEEDS):
                 self.cell(*chosen[row], seed)
@@ -292,7 +295,7 @@ def picture(path: Path, benches: list[tuple[Bench, Chosen]]) -> None:
     for axes, (bench, chosen) in zip(panels, benches, strict=False):
         rival = bench.rival(chosen)
         colors = {rival: "#0072b2", DEFAULT: "#c1272d", GROUPS: "#009e73", EIGEN: "#9467bd", TUNED: "#e69f00"}
-        colors |= {EIGEN_GROUPS: "#8c564b"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
+        colors |= {EIGEN_GROUPS: "#8c564b", EIGEN_CG: "#bcbd22"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
         for row in (rival, *bench.peers, *ours(chosen)):
             curve = bench.curve(*chosen[row])
             label = row if row in ours(chosen) else f"{row}, tuned"
