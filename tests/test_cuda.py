@@ -25,6 +25,7 @@ MODES = {
     "full": Settings(rank=None),
     "nonlinear": Settings(rollout="nonlinear"),
     "groups": Settings(coupling=2),
+    "cg": Settings(cg_iterations=3),
     "momentum": Settings(momentum=0.9, weight_decay=0.1),
     "paper": Settings(terminal="gradient", quu="preconditioner", coupling="sample", rollout="nonlinear", lr=0.1),
 }

@@ -48,6 +48,7 @@ OPTIONS = {
     "eigen-factored": {"preconditioner": "eigen-factored", "lr": 0.01, "beta1": 0.9},
     "kronecker": {"preconditioner": "kronecker", "lr": 0.01},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker", "lr": 0.01},
+    "cg": {"cg_iterations": 3, "preconditioner": "eigen-factored", "lr": 0.01, "weight_decay": 0.1},
     "open": {"feedback": False},
 }
 
