@@ -9,12 +9,12 @@ Which conjugate gradients matters when they are stopped early. In the control, t
 
     g^T du + du^T (M / eta + Gamma C Gamma^T) du / 2,      g = Gamma (b - C v)
 
-(v the decay's part of y). Conjugate gradients on that, preconditioned with M / eta, decrease it in every iteration:
-after k of them no combination of the first k directions is better. They have du = -eta M^-1 Gamma omega throughout, so
-here they run in omega: a residual r and a direction p stand for -Gamma r and -eta M^-1 Gamma p, and inner products of
-the control are ``r^T K r``. The method's usual form on the dual system ``(I + D K D) z = D beta`` comes to the same
-end, but its early iterates may increase what the step minimises, and do: stopped after two or three iterations it makes
-a large eta diverge (docs/notes.md).
+(du without the decay's own part, whose y is -v). Conjugate gradients on that, preconditioned with M / eta, decrease it
+in every iteration: after k of them no combination of the first k directions is better. They have du = -eta M^-1 Gamma
+omega throughout, so here they run in omega: a residual r and a direction p stand for -Gamma r and -eta M^-1 Gamma p,
+and inner products of the control are ``r^T K r``. The method's usual form on the dual system ``(I + D K D) z = D beta``
+comes to the same end, but its early iterates may increase what the step minimises, and do: stopped after two or three
+iterations it makes a large eta diverge (docs/notes.md).
 
 Gamma omega is what the update needs of omega. It is a sum of the contractions that the products made already, so no
 further one is made.
