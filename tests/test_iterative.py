@@ -270,3 +270,12 @@ def test_a_part_that_is_exported_takes_omega_from_the_one_before(tmp_path):
     backward, feedback = (net.graphs[part] for part in ("backward", "feedback"))
     products = [sum(n.target is torch.ops.aten.mm.default for n in g.graph.nodes) for g in (backward, feedback)]
     assert products == [5 + 2 * 3 * 6, 5 + 6], "a cotangent of all layers but one, and contractions"
+
+
+def test_policies_are_those_of_the_dense_solve():
+    net, _ = compiled(deep)
+    found = [
+        ddpn_fx.policies(ddpn_fx.DDPNOpt(net, cg_iterations=iterations), 1, *batch(), samples=[0])
+        for iterations in (None, 1)
+    ]
+    assert torch.equal(found[0].values, found[1].values)
