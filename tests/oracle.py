@@ -48,10 +48,12 @@ class Stage:
 
     controls: names of the parameters FIRST used here; empty for a stage that only reuses tied ones.
     f: (all parameters by name, state) -> next state; every live tensor has the batch as dim 0.
+    data: how many tensors at the end of its state are data, which no control moves: they have no part in V_x and V_xx.
     """
 
     controls: tuple[str, ...]
     f: Callable[[Params, State], State]
+    data: int = 0
 
 
 Metric = Callable[[str, Tensor, Tensor, Tensor], Tensor]
@@ -463,10 +465,11 @@ def terminal_model(x_T: Tensor, target: Tensor, loss: Loss, settings: Settings, 
 
 @dataclass
 class Trajectory:
-    """states: T + 1 tuples. uses: for each stage the copy of every parameter that it reads."""
+    """states: T + 1 tuples. uses: per stage its copies of the parameters. data: `Stage.data`s, then 0."""
 
     states: list[State]
     uses: list[Params]
+    data: list[int]
 
 
 def _cut(x: Tensor) -> Tensor:
@@ -481,7 +484,7 @@ def simulate(stages: Sequence[Stage], params: Params, x0: State) -> Trajectory:
     for stage in stages:
         uses.append({name: u.detach().clone().requires_grad_() for name, u in params.items()})
         states.append(tuple(_cut(x) for x in stage.f(uses[-1], tuple(x.clone() for x in states[-1]))))
-    return Trajectory(states, uses)
+    return Trajectory(states, uses, [*(stage.data for stage in stages), 0])
 
 
 def output_of(state: State) -> Tensor:
@@ -510,7 +513,8 @@ def cotangents(trajectory: Trajectory, S: Tensor) -> tuple[list[Tensor], list[di
             gradients = torch.autograd.grad(scalar, states + uses, retain_graph=True, materialize_grads=True)
             remaining = iter(gradients)
             for t, state in enumerate(trajectory.states):
-                z = [next(remaining) for _ in floating(state)]
+                own = len(floating(state[: len(state) - trajectory.data[t]]))
+                z = [next(remaining) * (n < own) for n, _ in enumerate(floating(state))]
                 if any(g[:i].any() or g[i + 1 :].any() for g in z):
                     raise ValueError(f"stages after {t} mix samples")
                 Z[t].append(torch.cat([g[i].flatten() for g in z]) if z else torch.zeros(0).double())

@@ -261,7 +261,7 @@ def oracle_stages(net: Net) -> list[Stage]:
                 slots[a.out] = execute(a, slots, p)
             return tuple(slots[n] for n in (after if last else (*after, *names)))
 
-        stages.append(Stage(staged.controls[t], f))
+        stages.append(Stage(staged.controls[t], f, data=len(names)))
         before = staged.live[t]
     return stages
 

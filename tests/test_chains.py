@@ -142,6 +142,39 @@ def same_change(model: nn.Module, before: dict[str, Tensor], want: dict[str, Ten
         harness.close_to_scale(after[name], value, value - before[name], tolerance, name)
 
 
+class Late(nn.Module):
+    """The last layer reads the data too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.c(torch.cat([torch.tanh(self.b(torch.tanh(self.a(x)))), x], 1))
+
+
+def late(data: int) -> list[Stage]:
+    def layer(name: str) -> Stage:
+        return Stage((f"{name}.weight", f"{name}.bias"), lambda p, s: (torch.tanh(linear(p, name, s[0])), s[-1]), data)
+
+    last = Stage(("c.weight", "c.bias"), lambda p, s: (linear(p, "c", torch.cat(s, 1)),), data)
+    return [layer("a"), layer("b"), last]
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w.startswith("tikhonov")])
+def test_data_that_a_later_stage_reads_are_no_state(way):
+    """No control moves them: eps_V is added to what the activations' cotangents span."""
+    model = Late().double()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(3, (4,))
+    mode = Settings(**WAYS[way])
+    net, before = compiled(model, x, y), weights(model)
+    want, other = (oracle.step(late(data), before, (x,), y, CROSS_ENTROPY, mode).params for data in (1, 0))
+    ddpn_fx.DDPNOpt(net, **{**WAYS[way], "lr": mode.lr}).train_step(x, y)
+    same_change(model, before, want)
+    with pytest.raises(AssertionError, match="off by"):
+        same_change(model, before, other)
+
+
 class Dropped(nn.Module):
     """Two dropouts, the second on what the first stage's change moves."""
 
