@@ -60,7 +60,8 @@ class DDPNOpt(Optimizer):
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
         cg_iterations: solve by so many conjugate gradients, without K and without per-sample gradients, for large
             batches; None: dense. For the one system of the defaults: coupling ``"batch"``, ``quu`` and ``rollout`` as
-            they are, gain 1 (a number), no trust, no tikhonov.
+            they are, gain 1 (a number), no trust, no tikhonov. Per-sample gradients are formed of biases and scales,
+            and of weights behind an operator whose backward is the user's own, or torch cannot differentiate.
 
     ``gain``, ``trust``, ``tikhonov`` and ``beta1`` are attributes that may be changed between steps, as the groups'
     numbers; another number costs nothing, a change to or from 0, 1 or None may compile another program.

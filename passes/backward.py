@@ -197,7 +197,7 @@ class _Recursion:
         self.sites = {} if mode.preconditioner is None else sites(chain, self.params)
         self.group = dict(mode.group)
         self._exact: tuple[Tensor, Gammas] | None = None
-        self._gradient: dict[str, Tensor] = {}  # Gamma b_T of the parameters that have a metric
+        self._gradient: dict[str, Tensor] = {}  # Gamma b_T, for conjugate gradients in a metric
 
     def open_loop(self, pulled: Iterator[Stage]) -> None:
         """Q_ux = 0: the metrics alone."""
@@ -281,8 +281,10 @@ class _Recursion:
             for gamma in linear.gammas.of(names):
                 if self.mode.feedback and self.mode.forms_grams:
                     gamma.form(linear.blocks)
-                self._gradient[gamma.name] = gamma.contract(b)
-                yield gamma, self._gradient[gamma.name]
+                whole = gamma.contract(b)
+                if self.mode.iterations is not None:
+                    self._gradient[gamma.name] = whole
+                yield gamma, whole
             return
         if self._exact is None or self._exact[0] is not b:
             assert self.mode.preconditioner is not None

@@ -21,7 +21,7 @@ from ddpn_fx.passes.ir import Chain, ParamUse, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, rules
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.rules import Blocks, Rule
-from ddpn_fx.passes.rules.base import gram_matrix, product_gram
+from ddpn_fx.passes.rules.base import along, gram_matrix, product_gram
 from ddpn_fx.passes.rules.embedding import lookup_gram
 
 Map = Callable[[Tensor], Tensor]
@@ -153,9 +153,7 @@ class Gamma:
         pushed = self.parameters.push(entry.argument, self.name, direction)
         if pushed is not None:
             return entry.rule.inner(entry.argument, pushed)
-        columns = self._entry_columns(entry)
-        dtype = accumulate_dtype(columns.dtype)
-        return columns.reshape(*columns.shape[:2], -1).to(dtype) @ direction.flatten().to(dtype)
+        return along(self._entry_columns(entry), direction)
 
 
 class Gammas:

@@ -27,7 +27,7 @@ from ddpn_fx.passes.numeric import differentiable
 from ddpn_fx.passes.objective import placeholder_values
 from ddpn_fx.passes.provenance import describe, label, origin
 from ddpn_fx.passes.rules import Rule, rule_by_name
-from ddpn_fx.passes.rules.base import change, vjp
+from ddpn_fx.passes.rules.base import change, torchs_own, vjp
 
 Env = dict[fx.Node, Any]
 Cotangents = dict[fx.Node, Tensor]
@@ -76,14 +76,21 @@ class Parameters:
         return dict(zip(names, pull(cotangent), strict=True))
 
     def push(self, node: fx.Node, name: str, direction: Tensor) -> Tensor | None:
-        """The change of a parameter-only node for a change of one of its parameters; None as of :func:`change`."""
+        """The change of a parameter-only node for a change of one of its parameters; None where columns must serve."""
         if node.op == "placeholder":
             return direction
+        if not self._torchs_own(node):
+            return None
 
         def value(tensor: Tensor) -> Any:
             return Parameters(self.chain, {**self.params, name: tensor}, self.context)[node]
 
         return change(value, self.params[name], direction)
+
+    def _torchs_own(self, node: fx.Node) -> bool:
+        """Whether all operators of a parameter-only expression are."""
+        inner = [a for a in node.all_input_nodes if self.chain.kinds[a] is Kind.PARAMETER and a.op != "placeholder"]
+        return torchs_own(node) and all(map(self._torchs_own, inner))
 
     def _sources(self, node: fx.Node) -> list[str]:
         if node.op == "placeholder":

@@ -7,6 +7,7 @@ Cotangents come as ``(R, *output.shape)``; a rule hands out Gamma's columns as `
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -67,18 +68,30 @@ def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[.
     return cast(tuple[Any, Callable[..., Any]], torch.func.vjp(function, *primals))
 
 
-def change(function: Callable[[Tensor], Any], primal: Tensor, direction: Tensor) -> Tensor | None:
-    """The value's change along a direction, by the adjoint of its pullback; None where that has no derivative.
+def torchs_own(node: fx.Node) -> bool:
+    """Whether an operator's backward is torch's. A user's own may detach what it is given: it has no true adjoint."""
+    return node.target is operator.getitem or getattr(node.target, "namespace", None) in ("aten", "prims")
 
-    Not by forward derivatives: where an operator's pullback is not their adjoint (an embedding's padding, a
-    straight-through estimator) the gradient is what the pullback says.
+
+def change(function: Callable[[Tensor], Any], primal: Tensor, direction: Tensor) -> Tensor | None:
+    """The value's change along a direction, by the adjoint of its pullback; None where torch has no derivative of that.
+
+    Of :func:`torchs_own` operators. Not by forward derivatives: where an operator's pullback is not their adjoint (an
+    embedding's padding) the gradient is what the pullback says.
     """
     like = torch.zeros_like(function(primal))
     try:
         _, push = vjp(lambda cotangent: vjp(function, primal)[1](cotangent)[0], like)
         return cast(Tensor, push(direction.to(primal.dtype))[0])
-    except RuntimeError:  # NotImplementedError is one; a backward that is no differentiable function raises others
+    except NotImplementedError:
         return None
+
+
+def along(columns: Tensor, direction: Tensor) -> Tensor:
+    """Gamma^T D as one product with the columns: (B, R, *M), (*M) -> (B, R), in the accumulation dtype."""
+    columns, direction = real(columns), real(direction)
+    dtype = accumulate_dtype(columns.dtype)
+    return columns.reshape(*columns.shape[:2], -1).to(dtype) @ direction.flatten().to(dtype)
 
 
 def batch_first(t: Tensor, layout: Layout, batch: int, at: int = 0) -> Tensor:
@@ -183,19 +196,17 @@ class Rule:
 
     def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
         """Gamma^T D: (B, R) for a direction D of the argument's shape. The output's change along D, or the columns."""
-        if argument not in self._dense:
+        if argument not in self._dense and torchs_own(self.node):
             moved = change(lambda p: self._apply(self.values, {argument: p}), self.values[argument], direction)
             if moved is not None:
-                return self._along(moved)
+                return self._by_output(moved)
         return self.inner_columns(argument, direction)
 
     def inner_columns(self, argument: fx.Node, direction: Tensor) -> Tensor:
         """Gamma^T D as one product with the columns, for a rule that has formed them or whose are small."""
-        columns, direction = real(self.dense(argument)), real(direction)
-        dtype = accumulate_dtype(columns.dtype)
-        return columns.reshape(*columns.shape[:2], -1).to(dtype) @ direction.flatten().to(dtype)
+        return along(self.dense(argument), direction)
 
-    def _along(self, moved: Tensor) -> Tensor:
+    def _by_output(self, moved: Tensor) -> Tensor:
         """<h, change of the output> of every sample and column: (B, R)."""
         layout = self.layouts[self.node]
         h = real(batch_first(self.cotangent, layout, self.batch, at=1))

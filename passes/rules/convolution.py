@@ -156,8 +156,9 @@ class Convolution(Rule):
 
     def inner(self, argument: fx.Node, direction: Tensor) -> Tensor:
         """The weight's by a convolution with the direction, or with the per-sample gradients that are at hand."""
-        by_columns = not self._is_weight(argument)
-        return self.inner_columns(argument, direction) if by_columns else super().inner(argument, direction)
+        if not self._is_weight(argument):
+            return self.inner_columns(argument, direction)
+        return super().inner(argument, direction)
 
 
 def _groups(node: fx.Node) -> int:
