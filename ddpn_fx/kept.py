@@ -54,8 +54,13 @@ class Kept:
             return
         self.taken += 1
         found = program.sites(params)
-        for name in program.trained:
-            preconditioner.refresh(found[name], state[params[name]], self.taken)
+        members = [(found[name], state[params[name]]) for name in program.trained]
+        refresh_all = getattr(preconditioner, "refresh_all", None)
+        if refresh_all is not None:
+            refresh_all(members, self.taken)
+            return
+        for site, slots in members:
+            preconditioner.refresh(site, slots, self.taken)
 
     def load(self, count: Any, params: Mapping[str, Tensor]) -> None:
         """Take a saved count of steps, or None."""

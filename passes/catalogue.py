@@ -60,10 +60,12 @@ CATALOGUE = (
           "the graphs are what it makes; compile(disable=True) runs the step without them"),
     Entry("derive-once", "Derives stages of one structure once and copies the nodes for the others; a large part of "
           "the time to compile."),
-    Entry("fuse", "Rewrites the traced graph: all of the three rewrites below."),
+    Entry("fuse", "Rewrites the traced graph: all of the rewrites below."),
     Entry("idle-views", "Drops views that give back a value at hand.", part_of="fuse"),
     Entry("share", "Evaluates equal operators once (common subexpressions).", part_of="fuse"),
     Entry("dead-code", "Drops what no output needs.", part_of="fuse"),
+    Entry("side-by-side", "On a GPU, joins small products with columns, for K and for the changes, into one of each "
+          "kind.", part_of="fuse"),
     Entry("lower", "Hands the graph to torch.compile.", 'compile(backend="eager") runs the graph as it is'),
 )  # fmt: skip
 """Every pass, in the order of a compilation."""

@@ -5,7 +5,8 @@
 - views that change nothing: a view to the same shape, a selection of what was just unsqueezed, a
   transpose of a transpose. Rules are written for any number of columns and blocks; with one of
   each these are left over;
-- dead code: what no output needs.
+- dead code: what no output needs;
+- on a GPU, many small products of one kind become one (:mod:`ddpn_fx.passes.horizontal`).
 
 The larger fusions are made where they are cheapest to see: the folded solve in ``bellman``, the
 single weight-gradient product in the rules' ``contract``, Grams without per-sample gradients in
@@ -22,6 +23,7 @@ from torch import fx
 
 from ddpn_fx.passes.catalogue import expanded
 from ddpn_fx.passes.functional import mutates
+from ddpn_fx.passes.horizontal import on_gpu, side_by_side
 
 aten = torch.ops.aten
 
@@ -48,6 +50,8 @@ def fuse(module: fx.GraphModule, off: Iterable[str] = ()) -> fx.GraphModule:
         share(module.graph)
     if "dead-code" not in without:
         module.graph.eliminate_dead_code()
+    if "side-by-side" not in without and on_gpu(module.graph):
+        side_by_side(module.graph)
     module.recompile()
     return module
 

@@ -121,12 +121,13 @@ def test_cuda_graphs_over_steps_with_other_numbers_and_data(name, how):
 @pytest.mark.parametrize("how", [{}, {"mode": "reduce-overhead"}, {"backend": "eager"}], ids=str)
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n not in ("eigen-kronecker", "exact")])
 def test_a_step_does_not_wait_for_the_device(name, how):
-    """Beside the first ones. (An eigendecomposition asks the device whether it converged.)"""
+    """Beside the first ones, in which bases are renewed by eigendecompositions, which ask the device whether they
+    converged. A later renewal is among these steps."""
     net = ddpn_fx.compile(Net().cuda(), loss=F.cross_entropy, **how)
     opt = ddpn_fx.DDPNOpt(net, **OPTIONS[name])
     batches = [moved(batch()) for _ in range(4)]
-    for x, y in batches:
-        opt.train_step(x, y)
+    for step in range(9):
+        opt.train_step(*batches[step % 4])
     with no_waiting():
         for step, (x, y) in enumerate(batches):
             opt.param_groups[0]["lr"] = 0.01 / (1 + step)

@@ -11,7 +11,7 @@ from torch import nn
 import ddpn_fx
 from ddpn_fx import cli
 from ddpn_fx.exporting.compare import switched_off
-from ddpn_fx.passes import catalogue
+from ddpn_fx.passes import catalogue, fuse
 from ddpn_fx.passes.catalogue import CATALOGUE, optional
 from tests.test_cli import models  # noqa: F401  the fixture
 
@@ -53,6 +53,14 @@ def operators(net):
     return [str(n.target) for n in step_of(net).module.graph.nodes if n.op == "call_function"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_on_a_gpu():
+    """Rewrites for GPUs alone are held here too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fuse, "on_gpu", lambda graph: True)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole():
     return train(())
@@ -82,7 +90,7 @@ def test_without_a_pass_the_update_is_the_same_and_the_graph_is_not(name, whole)
         assert step_of(whole[0]).records[0].counts["stages copied"] == 3
     else:
         assert operators(net) != operators(whole[0])
-    if name in ("fuse", *REWRITES):
+    if name in ("fuse", *REWRITES) and name != "side-by-side":  # which has fewer products, and more views
         assert len(operators(net)) > len(operators(whole[0]))
 
 

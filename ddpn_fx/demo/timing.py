@@ -58,7 +58,7 @@ def peak_bytes(step: Callable[[Tensor, Tensor], object], x: Tensor, y: Tensor) -
         step(x, y)
         _wait(x)
         return torch.cuda.max_memory_allocated(x.device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         step(x, y)
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
     events = [] if results is None else [e for e in results.events() if e.name() == "[memory]"]

@@ -20,8 +20,9 @@ Shapes: O and C the first two dimensions of the weight, S the others' elements (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,10 @@ from torch import Tensor
 from ddpn_fx.passes.frame import Frame
 from ddpn_fx.passes.metric import Metric, Moment, Site
 from ddpn_fx.passes.mode import AVERAGES
+from ddpn_fx.preconditioners.bases import eigenbases, iterated, orthonormal
 from ddpn_fx.preconditioners.elementwise import Factored
+
+_MOMENTS = ("row", "column")  # the slots of Factored's moments, of outputs and of inputs
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class EigenFactored(Factored):
     Args:
         basis_decay: of the moving averages that the bases diagonalise.
         refresh_every: steps between two eigendecompositions.
+        solver: what renews them after the early renewals, which are by eigendecomposition: ``"eigh"``, an
+            eigendecomposition; ``"qr"``, one step of orthogonal iteration from the present bases; None: ``"qr"`` on a
+            GPU, where an eigendecomposition takes as long as many steps and stops the host, else ``"eigh"``.
         max_size: most elements of a side that are turned together. A larger side is cut into equal parts, each with a
             basis of its own; one without a divisor of a quarter of what is allowed (a prime number), and an embedding's
             indices, keep their coordinates.
@@ -59,6 +66,7 @@ class EigenFactored(Factored):
     decay: float = 0.95
     basis_decay: float = 0.95
     refresh_every: int = 10
+    solver: str | None = None
     max_size: int = 128
     max_cost: float = 1.0
 
@@ -67,6 +75,7 @@ class EigenFactored(Factored):
         self.check(
             basis_decay=(0.0 <= self.basis_decay < 1.0, "in [0, 1)"),
             refresh_every=(self.refresh_every >= 1, "at least 1"),
+            solver=(self.solver in (None, "eigh", "qr"), "'eigh', 'qr' or None"),
             max_size=(self.max_size >= 0, "not negative"),
             max_cost=(self.max_cost >= 0, "not negative"),
         )
@@ -106,25 +115,60 @@ class EigenFactored(Factored):
         return found, new
 
     def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
-        """Renew the bases, and turn into them what is kept; of the moments, as far as their diagonals go."""
-        if step % self.refresh_every and not (step < self.refresh_every and step.bit_count() == 1):
+        """As :meth:`refresh_all`, of one parameter."""
+        self.refresh_all([(site, state)], step)
+
+    def refresh_all(self, members: Sequence[tuple[Site, dict[str, Tensor]]], step: int) -> None:
+        """Renew the bases, those of one size together, and turn into them what is kept.
+
+        Of the moments, as far as their diagonals go.
+        """
+        early = step < self.refresh_every and step.bit_count() == 1
+        if step % self.refresh_every and not early:
             return
-        for k, slot in enumerate(("row", "column")):
-            second = state.get(f"second{k}")
-            if second is None or not math.isfinite(float(second.diagonal(dim1=-2, dim2=-1).sum())):
-                continue
-            values, fresh = torch.linalg.eigh(second)  # in the present basis
-            second.copy_(values.diag_embed())
-            state[slot].copy_((fresh.mT**2 @ state[slot].reshape(*values.shape, 1)).flatten())
-            basis = state[f"basis{k}"] @ fresh
-            if step % (10 * self.refresh_every) == 0:
-                # Newton's step to the nearest orthonormal basis, so that products of products stay one.
-                basis = 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
-            state[f"basis{k}"].copy_(basis)
-            for name in AVERAGES:
-                if name in state:
-                    parts = state[name].transpose(0, k).unflatten(0, values.shape)
-                    state[name].copy_((fresh.mT @ parts).flatten(0, 1).transpose(0, k))
+        alike: dict[tuple[Any, ...], list[tuple[dict[str, Tensor], int]]] = {}
+        for _, state in members:
+            for k in (0, 1):
+                second = state.get(f"second{k}")
+                if second is not None:
+                    key = second.shape[-1], second.dtype, second.device
+                    alike.setdefault(key, []).append((state, k))
+        for (_, _, device), sides in alike.items():
+            exactly = early or (self.solver or ("qr" if device.type == "cuda" else "eigh")) == "eigh"
+            _renew(sides, exactly=exactly, mend=not exactly or step % (10 * self.refresh_every) == 0)
+
+
+def _renew(sides: Sequence[tuple[dict[str, Tensor], int]], *, exactly: bool, mend: bool) -> None:
+    """Renew the bases of sides (state, k) whose parts are of one size.
+
+    Args:
+        sides: the state of a parameter, and which of its sides.
+        exactly: by eigendecompositions, else by a step of orthogonal iteration.
+        mend: whether to bring the bases back to orthonormal ones.
+    """
+
+    def gathered(slot: Callable[[int], str]) -> Tensor:
+        found = [state[slot(k)] for state, k in sides]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    counts = [state[f"second{k}"].shape[0] for state, k in sides]
+    fresh, second = (eigenbases if exactly else iterated)(gathered(lambda k: f"second{k}"))
+    basis = gathered(lambda k: f"basis{k}") @ fresh
+    basis = orthonormal(basis) if mend else basis
+    squares = (fresh.mT**2 @ gathered(_MOMENTS.__getitem__).reshape(*fresh.shape[:2], 1)).flatten()
+    parts = zip(fresh.split(counts), second.split(counts), basis.split(counts), strict=True)
+    moments = squares.split([n * fresh.shape[-1] for n in counts])
+    old, new = [], []
+    for (state, k), (turn, seconds, bases), square in zip(sides, parts, moments, strict=True):
+        old += [state[f"second{k}"], state[f"basis{k}"], state[_MOMENTS[k]]]
+        new += [seconds, bases, square]
+        for name in AVERAGES:
+            if name in state:
+                rows = state[name].transpose(0, k).unflatten(0, turn.shape[:2])
+                state[name].copy_(
+                    (turn.mT @ rows).flatten(0, 1).transpose(0, k)
+                )  # at once: the other side's may follow
+    torch._foreach_copy_(old, new)
 
 
 def _part(n: int, most: float) -> int:

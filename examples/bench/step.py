@@ -11,7 +11,7 @@ in torch's allocations during one step, beside the weights, the optimizer's stat
     python examples/bench/step.py --models all --methods all    every model and method (half an hour)
     python examples/bench/step.py --models mlp --batch 64 128 256 512 --coupling 64
     python examples/bench/step.py --models mlp --depth 8 --width 256
-    python examples/bench/step.py --models all --device cuda
+    python examples/bench/step.py --models all --device cuda --mode reduce-overhead
 
 `--methods` are of: default, nonlinear, rank2, full, diagonal, factored, eigen-factored, kronecker, eigen-kronecker,
 groups, cg, eigen-factored-cg, open, adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from models import Problem, problems
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddpn_fx
@@ -101,18 +102,23 @@ UPDATES: dict[str, tuple[tuple[str, ...], Update]] = {
 
 
 def compiled_baseline(
-    model: nn.Module, loss: Callable[..., Tensor], backend: str, rule: str = "SGD", rate: float = LR
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    backend: str,
+    rule: str = "SGD",
+    rate: float = LR,
+    mode: str | None = None,
 ) -> Step:
     """A training step of plain SGD, or another of ``UPDATES``, as one compiled program; buffers are updated too.
 
-    Nothing of torch.optim's Python is left in it: a user's loop takes longer.
+    Nothing of torch.optim's Python is left in it: a user's loop takes longer. With CUDA graphs it is one replay.
     """
     slots, update = UPDATES[rule]
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     state = {name: {slot: torch.zeros_like(p) for slot in slots} for name, p in parameters.items()}
     buffers = dict(model.named_buffers())
     first = next(iter(parameters.values()))
-    lr, taken = torch.tensor([rate, 0.0], dtype=first.dtype, device=first.device)
+    lr, taken = (torch.tensor(v, dtype=first.dtype, device=first.device) for v in (rate, 0.0))
 
     def step(
         parameters: dict[str, Tensor],
@@ -138,11 +144,23 @@ def compiled_baseline(
             buffer.copy_(fresh[name])
         return value
 
-    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
-    return lambda x, y: compiled(parameters, state, buffers, x, y, lr, taken)
+    lasting = [*parameters.values(), *buffers.values(), *(t for s in state.values() for t in s.values()), lr, taken]
+    for tensor in lasting:  # a CUDA graph writes into what stays where it is
+        torch._dynamo.mark_static_address(tensor, guard=False)
+    compiled: list[Callable[..., Tensor]] = []
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        given = parameters, state, buffers, x, y, lr, taken
+        if not compiled:  # traced first: not every version of Dynamo traces torch.func
+            graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
+            compiled.append(torch.compile(graph, backend=backend, mode=mode, fullgraph=True, dynamic=False))
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled[0](*given).clone()
+
+    return run
 
 
-def sgd(problem: Problem, backend: str, batch: tuple[Tensor, Tensor]) -> Contestant:
+def sgd(problem: Problem, chosen: argparse.Namespace, batch: tuple[Tensor, Tensor]) -> Contestant:
     """The baseline."""
     model = problem.build()
 
@@ -152,14 +170,15 @@ def sgd(problem: Problem, backend: str, batch: tuple[Tensor, Tensor]) -> Contest
         model.zero_grad()
         return counter.get_total_flops()
 
-    return Contestant(compiled_baseline(model, problem.loss, backend), lambda: list(model.parameters()), flops)
+    step = compiled_baseline(model, problem.loss, chosen.backend, mode=chosen.mode)
+    return Contestant(step, lambda: list(model.parameters()), flops)
 
 
-def plain(name: str, problem: Problem, backend: str) -> Contestant:
+def plain(name: str, problem: Problem, chosen: argparse.Namespace) -> Contestant:
     """An optimizer of ``PEERS`` in the usual loop around a compiled model."""
     model = problem.build()
     optimizers = PEERS[name](model, LR_OF_PEERS)
-    forward = torch.compile(model, backend=backend, dynamic=False)
+    forward = torch.compile(model, backend=chosen.backend, mode=chosen.mode, dynamic=False)
 
     def held() -> list[Tensor]:
         return [*model.parameters(), *(t for o in optimizers for t in _state(o))]
@@ -197,10 +216,10 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t for kept in optimizer.state.values() for t in torch.utils._pytree.tree_leaves(kept) if torch.is_tensor(t)]
 
 
-def ddpnopt(options: dict[str, Any], problem: Problem, backend: str) -> Contestant:
+def ddpnopt(options: dict[str, Any], problem: Problem, chosen: argparse.Namespace) -> Contestant:
     """DDPNOpt with these options."""
     model = problem.build()
-    net = ddpn_fx.compile(model, loss=problem.loss, backend=backend)
+    net = ddpn_fx.compile(model, loss=problem.loss, backend=chosen.backend, mode=chosen.mode)
     opt = ddpn_fx.DDPNOpt(net, lr=LR, **options)
     return Contestant(opt.train_step, lambda: [*model.parameters(), *_state(opt)], lambda: graph_flops(opt))
 
@@ -227,17 +246,17 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
     build, draw = problem.build, problem.draw
     problem = replace(problem, build=lambda: build().to(chosen.device))
     batches = [tuple(t.to(chosen.device) for t in draw(batch)) for _ in range(8)]
-    contestants: dict[str, Contestant] = {"SGD": sgd(problem, chosen.backend, batches[0])}
+    contestants: dict[str, Contestant] = {"SGD": sgd(problem, chosen, batches[0])}
     for method in chosen.methods:
         if method in PEERS:
-            made = plain(method, problem, chosen.backend)
+            made = plain(method, problem, chosen)
         else:
             options = dict(OPTIONS[method])
             if method == "groups":
                 options["coupling"] = chosen.coupling
             elif method.endswith("cg"):
                 options["cg_iterations"] = chosen.iterations
-            made = ddpnopt(options, problem, chosen.backend)
+            made = ddpnopt(options, problem, chosen)
         contestants[method] = made
     for contestant in contestants.values():
         started = time.perf_counter()
@@ -290,6 +309,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--coupling", type=int, default=64, help="samples in a group, for method groups (default: 64)")
     parser.add_argument("--iterations", type=int, default=5, help="of the methods with cg (default: 5)")
     parser.add_argument("--backend", default="inductor", help="of torch.compile, for all (default: inductor)")
+    parser.add_argument("--mode", help="of torch.compile, for all; on a GPU: reduce-overhead (CUDA graphs)")
     parser.add_argument("--device", default="cpu", help="where models and batches are (default: cpu)")
     parser.add_argument("--repeats", type=int, default=60, help="timed calls of each step (default: 60)")
     parser.add_argument("--warm", type=int, default=5, help="calls of each before the timed ones (default: 5)")
@@ -325,6 +345,7 @@ def main() -> None:
     environment = report.environment() | {"device": report.device(chosen.device)}
     page = f"{table(found)}\n\nTime, FLOPs and peak memory over SGD's; {chosen.repeats} interleaved repeats, "
     page += "freed memory kept, " if chosen.keep_freed_memory else ""
+    page += f"mode {chosen.mode}, " if chosen.mode else ""
     page += f"backend {chosen.backend}, {torch.get_num_threads()} threads, "
     page += f"on {environment['device']}. {report.describe(environment)}\n"
     print(page, end="")

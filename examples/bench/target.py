@@ -1,4 +1,4 @@
-"""Steps and seconds to a target: tuned SGD, momentum and Adam against DDPNOpt.
+r"""Steps and seconds to a target: tuned SGD, momentum and Adam against DDPNOpt.
 
 DDPNOpt is there at its defaults, in the metric "eigen-factored" at one setting, and tuned. A task's target is the merit
 with which its best baseline ends, the mean over the seeds. What counts is the first evaluation at which a method's mean
@@ -12,6 +12,11 @@ three.
 
     python examples/bench/target.py --data FOLDER                     all tasks, hours on one core; it is resumed
     python examples/bench/target.py --data FOLDER --tasks mnist-128   a part, and the page of all that is there
+
+The same trainings with steps timed on another device, for some rows:
+
+    python examples/bench/target.py --data FOLDER --trainings examples/results/bench/target.json \
+        --device cuda --mode reduce-overhead --out examples/results/bench/target_cuda.json
 """
 
 from __future__ import annotations
@@ -76,24 +81,32 @@ TUNED = "DDPNOpt, tuned"
 Chosen = dict[str, tuple[str, float]]  # row -> the method and value that were chosen for it
 
 
+ROWS = (DEFAULT, GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_CG, TUNED)
+
+
 def ours(chosen: Chosen) -> list[str]:
     """DDPNOpt's rows."""
-    return [row for row in (DEFAULT, GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_CG, TUNED) if row in chosen]
+    return [row for row in ROWS if row in chosen]
 
 
 class Record:
-    """Trainings by name in a JSON file, written anew whenever one is added; another process's are kept."""
+    """Trainings by name in a JSON file, written anew whenever one is added; another process's are kept.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    With ``trainings``, a file of another run, the trainings are that one's and the times alone are of this file.
+    """
+
+    def __init__(self, path: Path, trainings: Path | None = None) -> None:
+        self.path, self.trainings = path, trainings
         self.cells: dict[str, Any] = {}
         self.times: dict[str, dict[str, float]] = {}
         self._read()
 
     def _read(self) -> None:
+        if self.trainings is not None:
+            self.cells = json.loads(self.trainings.read_text(encoding="utf-8"))["cells"] | self.cells
         if self.path.is_file():
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            self.cells = found["cells"] | self.cells
+            self.cells = found.get("cells", {}) | self.cells
             self.times = found["step_ms"] | self.times
 
     def write(self, **more: Any) -> None:
@@ -101,16 +114,37 @@ class Record:
         self._read()
         other = self.path.with_suffix(".tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        report.write_json(other, report.environment() | {"step_ms": self.times, "cells": self.cells} | more)
+        cells = {"cells": self.cells} if self.trainings is None else {}
+        report.write_json(other, report.environment() | {"step_ms": self.times} | cells | more)
         os.replace(other, self.path)
 
 
 class Bench:
-    """One task's data, a module that all trainings share, and the record; with peers that are trained or recorded."""
+    """One task's data, a module that all trainings share, and the record; with peers that are trained or recorded.
 
-    def __init__(self, task: Task, folder: str | None, record: Record, peers: Sequence[str]) -> None:
-        self.task, self.record = task, record
-        recorded = {c["method"] for c in record.cells.values() if c["task"] == task.key and c["seed"] == SEEDS - 1}
+    Attributes:
+        rows: DDPNOpt's that are shown.
+        device: where steps are timed; trainings are on the CPU.
+        mode: of ``torch.compile``, for the timed steps.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        folder: str | None,
+        record: Record,
+        peers: Sequence[str] = (),
+        *,
+        rows: Sequence[str] = ROWS,
+        device: str = "cpu",
+        mode: str | None = None,
+    ) -> None:
+        self.task, self.record, self.rows, self.device, self.mode = task, record, rows, device, mode
+        recorded = (
+            set()
+            if record.trainings is not None
+            else {c["method"] for c in record.cells.values() if c["task"] == task.key and c["seed"] == SEEDS - 1}
+        )
         self.peers = [name for name in PEERS if name in peers or name in recorded]
         self.loaded: Callable[[], Loaded] = cache(lambda: task.load(folder))
         self._net: Any = None
@@ -118,7 +152,7 @@ class Bench:
     def net(self) -> ddpn_fx.CompiledModule:
         """The module as DDPNOpt takes it, so that a program is compiled once for all its trainings."""
         if self._net is None:
-            self._net = ddpn_fx.compile(self.loaded().build(), loss=self.task.loss)
+            self._net = ddpn_fx.compile(self.loaded().build().to(self.device), loss=self.task.loss, mode=self.mode)
         return self._net
 
     def cell(self, method: str, value: float, seed: int) -> dict[str, Any]:
@@ -168,9 +202,10 @@ class Bench:
         settings = [s for s in SETTINGS if self.task.batch >= least.get(s, 1)]
         if self.task.dear:
             settings = [s for s in settings if s in TRIED_WHERE_DEAR]
-        tuned = max(settings, key=lambda s: self._choice(s, SETTINGS[s][0]))
-        chosen |= {DEFAULT: (DEFAULT, SETTINGS[DEFAULT][0]), TUNED: (tuned, SETTINGS[tuned][0])}
-        chosen |= {row: (row, SETTINGS[row][0]) for row in (GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_CG) if row in settings}
+        if TUNED in self.rows:
+            tuned = max(settings, key=lambda s: self._choice(s, SETTINGS[s][0]))
+            chosen[TUNED] = tuned, SETTINGS[tuned][0]
+        chosen |= {row: (row, SETTINGS[row][0]) for row in self.rows if row in settings}
         for row in (self.rival(chosen), *self.peers, *ours(chosen)):
             for seed in range(SEEDS):
                 self.cell(*chosen[row], seed)
@@ -195,11 +230,12 @@ class Bench:
         if {rival, *self.peers, *names} <= set(self.record.times.get(self.task.key, {})):
             return
         loaded = self.loaded()
-        batches = list(loaded.batches(self.task.batch, 4, 0))
-        baseline = compiled_baseline(loaded.build(), self.task.loss, "inductor", rival, chosen[rival][1])
+        batches = [(x.to(self.device), y.to(self.device)) for x, y in loaded.batches(self.task.batch, 4, 0)]
+        model, rate = loaded.build().to(self.device), chosen[rival][1]
+        baseline = compiled_baseline(model, self.task.loss, "inductor", rival, rate, self.mode)
         steps: dict[str, Any] = {rival: baseline}
         for name in self.peers:
-            model = torch.compile(loaded.build(), dynamic=False)
+            model = torch.compile(loaded.build().to(self.device), dynamic=False, mode=self.mode)
             steps[name] = plain_step(model, *PEERS[name](model, chosen[name][1]), loss=self.task.loss)
         for name in names:
             lr, options = SETTINGS[name]
@@ -271,7 +307,8 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
 
     def count(row: str, name: str, most: float) -> int:
         plain = EIGEN if row == EIGEN_GROUPS else DEFAULT  # the same thing where the batch is a group
-        found = [(s["rows"].get(row, s["rows"][plain])[name], s["rows"][s["rival"]][name]) for s in summaries.values()]
+        rows = [s["rows"] | {"baseline": s["rows"][s["rival"]]} for s in summaries.values()]
+        found = [(r[row if row in r else plain][name], r["baseline"][name]) for r in rows]
         return sum(mine is not None and mine <= most * theirs for mine, theirs in found)
 
     return [
@@ -284,6 +321,7 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
             (GROUPS, "The default in groups of 64"),
             (EIGEN_GROUPS, "eigen-factored in groups of 64"),
         )
+        if any(row in s["rows"] for s in summaries.values())
     ]
 
 
@@ -329,28 +367,43 @@ def main() -> None:
         "--peers", nargs="+", choices=PEERS, default=[], help="rows beside; recorded ones are shown anyway"
     )
     parser.add_argument("--train-only", action="store_true", help="no times, no page: the machine is not at rest")
+    parser.add_argument(
+        "--trainings", metavar="FILE", type=Path, help="take the trainings of this file, time steps alone"
+    )
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="of DDPNOpt's (default: all)")
+    parser.add_argument("--device", default="cpu", help="where steps are timed (default: cpu); needs --trainings")
+    parser.add_argument("--mode", help="of torch.compile, for the timed steps; on a GPU: reduce-overhead")
     parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.trainings is None and options.device != "cpu":
+        parser.error("--device: trainings are run on the CPU; name recorded ones by --trainings")
     ddpn_fx.keep_freed_memory()  # for all methods alike, where the C library has it
     torch._dynamo.config.recompile_limit = 64  # every task's baseline is the same function to Dynamo
-    record = Record(options.out)
+    record = Record(options.out, options.trainings)
+    shown = {"rows": options.rows, "device": options.device, "mode": options.mode}
     with one_thread():
         for task in TASKS:
             if task.key in options.tasks:
-                Bench(task, options.data, record, options.peers).run(timed=not options.train_only)
+                Bench(task, options.data, record, options.peers, **shown).run(timed=not options.train_only)
         if options.train_only:
             return
-        benches = [(b := Bench(t, options.data, record, ()), b.run()) for t in complete(record)]
+        benches = [(b := Bench(t, options.data, record, **shown), b.run()) for t in complete(record)]
     summaries = {b.task.key: summary(b, chosen) for b, chosen in benches}
     record.write(tasks=summaries)
-    picture(options.out.with_suffix(".png"), benches)
     about = (
         "# Steps and seconds to the best tuned baseline's own merit\n\n"
         f"Mean over {SEEDS} seeds, evaluated some {EVALUATIONS} times a training. Steps and seconds of DDPNOpt are "
         "over the baseline's. Seconds are steps times a step's mean; a baseline's whole step is one compiled "
-        "program, its update in it. Freed host memory is kept for all (`ddpn_fx.keep_freed_memory`)."
+        "program, its update in it."
     )
-    pages = [about, table(summaries), *verdict(summaries), f"![merit against steps]({options.out.stem}.png)"]
+    if options.trainings is None:
+        picture(options.out.with_suffix(".png"), benches)
+        ending = f"![merit against steps]({options.out.stem}.png)"
+        about += " Freed host memory is kept for all (`ddpn_fx.keep_freed_memory`)."
+    else:
+        ending = f"Steps are those of the trainings of `{options.trainings.name}`, on a CPU; they were timed on "
+        ending += f"{report.device(options.device)}, mode {options.mode or 'default'} of `torch.compile` for all."
+    pages = [about, table(summaries), *verdict(summaries), ending]
     page = "\n\n".join([*pages, report.describe(report.environment())]) + "\n"
     options.out.with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)

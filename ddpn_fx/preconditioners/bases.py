@@ -1,0 +1,63 @@
+"""Orthonormal bases in which second moments are diagonal, or nearly so, for a stack of matrices at once.
+
+An eigendecomposition is exact. On a GPU it is the dearest thing near a step: matrices of more than 32 rows are worked
+out one after another, and the host waits for each. Where a basis of ten steps ago is at hand, one step of orthogonal
+iteration from it does as well (SOAP, Vyas et al. 2024): ``Q R = S``, products and triangular solves that batch, and
+nothing is asked of the device.
+
+Shapes: S (k, n, n), k second moments in the present bases; what is returned is relative to these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Of the mean moment: a direction without moments stays one. Its square is what the Gram of the columns has left there,
+# and must be well above float64's rounding.
+_RIDGE = 1e-6
+
+
+def eigenbases(second: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors as columns, and S in them. A matrix that is not finite keeps its basis. The host waits."""
+    finite, eye = _finite(second), _eye(second)
+    values, vectors = torch.linalg.eigh(torch.where(finite, second, eye))
+    return torch.where(finite, vectors, eye), torch.where(finite, values.diag_embed(), second)
+
+
+def iterated(second: Tensor) -> tuple[Tensor, Tensor]:
+    """Q of ``S = Q R``, and S in it. A matrix that is not finite keeps its basis. Nothing waits.
+
+    The columns of S go in the order of their moments, the largest first, and each stays at its place. R is the Cholesky
+    factor of ``S S``, whose condition is S's squared: it is worked out in float64, of columns over their moments.
+    """
+    finite, eye = _finite(second), _eye(second)
+    order = second.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+    sorting = torch.zeros_like(second).scatter(-2, order[..., None, :], 1.0).double()
+    ordered = sorting.mT @ second.double() @ sorting
+    moments = ordered.diagonal(dim1=-2, dim2=-1)
+    ordered = ordered + (_RIDGE * moments.mean(-1))[..., None, None] * eye
+    columns = ordered / ordered.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    q = _over_root(_over_root(columns))  # twice: the first leaves the square of the condition times the rounding
+    basis = (sorting @ q @ sorting.mT).to(second.dtype)
+    basis = torch.where(finite & _finite(basis), basis, eye)
+    return basis, basis.mT @ second @ basis
+
+
+def _over_root(columns: Tensor) -> Tensor:
+    """Q of ``columns = Q R``, by R's Gram."""
+    factor = torch.linalg.cholesky_ex(columns.mT @ columns)[0]
+    return torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+
+
+def orthonormal(basis: Tensor) -> Tensor:
+    """Newton's step to the nearest orthonormal basis, so that products of products stay one."""
+    return 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
+
+
+def _finite(matrices: Tensor) -> Tensor:
+    return matrices.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
