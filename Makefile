@@ -45,7 +45,7 @@ bench: $(VENV)/.dev ## step time against a compiled SGD step
 cuda: $(VENV)/.dev ## on a GPU: the tests that need one, then the step's and the start's benchmarks
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make cuda: torch finds no CUDA device")'
 	$(BIN)/python -m pytest -m cuda tests/test_cuda.py $(ARGS)
-	$(BIN)/python examples/bench/step.py --device cuda --models all --out examples/results/bench/step_cuda.json
+	$(BIN)/python examples/bench/step.py --device cuda --mode reduce-overhead --models all --methods default eigen-factored --warm 12 --out examples/results/bench/step_cuda.json
 	$(BIN)/python examples/bench/start.py --device cuda --out examples/results/bench/start_cuda.json
 
 docs: $(VENV)/.docs ## build the documentation into build/site, every warning an error

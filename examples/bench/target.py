@@ -59,7 +59,8 @@ GROUPS = "coupling 64"  # a row of its own where the batch is larger: the cheape
 EIGEN = "eigen-factored, beta1 0.9, lr 0.01"  # a row of its own: the other setting that is one for all tasks
 EIGEN_GROUPS = f"{EIGEN}, coupling 64"  # the same in groups
 EIGEN_CG = f"{EIGEN}, cg 5"  # the same by conjugate gradients, on large batches of what is not dear
-# What the row "tuned" chooses from: name -> (lr, options).
+EIGEN_QR = f"{EIGEN}, qr"  # the same with bases renewed as on a GPU
+# DDPNOpt's settings; the row "tuned" chooses from all but the last: name -> (lr, options).
 ADAM_LIKE = Diagonal(decay=0.99, bias_correction=True, relative_eps=0.01)
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     DEFAULT: (1.0, {}),
@@ -73,6 +74,7 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     "lr 10": (10.0, {}),
     "factored, beta1 0.9, lr 0.01": (0.01, {"preconditioner": Factored(), "beta1": 0.9}),
     "diagonal, beta1 0.9, lr 0.01": (0.01, {"preconditioner": ADAM_LIKE, "beta1": 0.9}),
+    EIGEN_QR: (0.01, {"preconditioner": EigenFactored(solver="qr"), "beta1": 0.9}),
 }
 
 
@@ -82,11 +84,12 @@ Chosen = dict[str, tuple[str, float]]  # row -> the method and value that were c
 
 
 ROWS = (DEFAULT, GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_CG, TUNED)
+ALL_ROWS = (*ROWS, EIGEN_QR)
 
 
 def ours(chosen: Chosen) -> list[str]:
     """DDPNOpt's rows."""
-    return [row for row in ROWS if row in chosen]
+    return [row for row in ALL_ROWS if row in chosen]
 
 
 class Record:
@@ -201,9 +204,9 @@ class Bench:
         least = {GROUPS: 65, EIGEN_GROUPS: 65, EIGEN_CG: 512}  # the batch from which a setting is tried
         settings = [s for s in SETTINGS if self.task.batch >= least.get(s, 1)]
         if self.task.dear:
-            settings = [s for s in settings if s in TRIED_WHERE_DEAR]
+            settings = [s for s in settings if s in (*TRIED_WHERE_DEAR, EIGEN_QR)]
         if TUNED in self.rows:
-            tuned = max(settings, key=lambda s: self._choice(s, SETTINGS[s][0]))
+            tuned = max((s for s in settings if s != EIGEN_QR), key=lambda s: self._choice(s, SETTINGS[s][0]))
             chosen[TUNED] = tuned, SETTINGS[tuned][0]
         chosen |= {row: (row, SETTINGS[row][0]) for row in self.rows if row in settings}
         for row in (self.rival(chosen), *self.peers, *ours(chosen)):
@@ -318,6 +321,7 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
         for row, what in (
             (DEFAULT, "The default, one setting for all"),
             (EIGEN, "eigen-factored, one setting for all"),
+            (EIGEN_QR, "eigen-factored with bases renewed as on a GPU"),
             (GROUPS, "The default in groups of 64"),
             (EIGEN_GROUPS, "eigen-factored in groups of 64"),
         )
@@ -333,6 +337,7 @@ def picture(path: Path, benches: list[tuple[Bench, Chosen]]) -> None:
     for axes, (bench, chosen) in zip(panels, benches, strict=False):
         rival = bench.rival(chosen)
         colors = {rival: "#0072b2", DEFAULT: "#c1272d", GROUPS: "#009e73", EIGEN: "#9467bd", TUNED: "#e69f00"}
+        colors[EIGEN_QR] = "#000000"
         colors |= {EIGEN_GROUPS: "#8c564b", EIGEN_CG: "#bcbd22"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
         for row in (rival, *bench.peers, *ours(chosen)):
             curve = bench.curve(*chosen[row])
@@ -370,7 +375,9 @@ def main() -> None:
     parser.add_argument(
         "--trainings", metavar="FILE", type=Path, help="take the trainings of this file, time steps alone"
     )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="of DDPNOpt's (default: all)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ALL_ROWS, default=ROWS, help="of DDPNOpt's (default: all but the last)"
+    )
     parser.add_argument("--device", default="cpu", help="where steps are timed (default: cpu); needs --trainings")
     parser.add_argument("--mode", help="of torch.compile, for the timed steps; on a GPU: reduce-overhead")
     parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
