@@ -143,7 +143,7 @@ class Derivation:
         assert mode is not None
         graph, tracer = mode.tracer.graph, mode.tracer
         stand_ins = [graph.call_function(_stand_in) for t in inputs if isinstance(t, Tensor)]
-        last = next(reversed(graph.nodes), None)
+        last = next(iter(reversed(graph.nodes)), None)
         at = iter(stand_ins)
         values = [_tracked(t, next(at), tracer) if isinstance(t, Tensor) else t for t in inputs]
         leaves, spec = pytree.tree_flatten(function(*values))
