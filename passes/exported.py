@@ -20,18 +20,13 @@ from torch import Tensor, fx
 
 from ddpn_fx.passes.custom_function import kept, restore
 from ddpn_fx.passes.errors import CaptureError
+from ddpn_fx.passes.kernels import lent
 from ddpn_fx.passes.numeric import differentiable
 from ddpn_fx.passes.objective import Objective
 from ddpn_fx.passes.provenance import is_library
 from ddpn_fx.passes.recurrent import decompositions, separate_layers
 
 aten = torch.ops.aten
-
-_FAKE_QUANTIZE = (
-    "fake_quantize_per_tensor_affine_cachemask",
-    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
-    "fake_quantize_per_channel_affine_cachemask",
-)
 
 
 @contextmanager
@@ -47,16 +42,6 @@ def _lengths() -> Iterator[None]:
         yield
     finally:
         builtins.len = plain
-
-
-@contextmanager
-def _shapes_of_fake_quantize() -> Iterator[None]:
-    """Shape functions for the operators behind ``fake_quantize``, where torch has none."""
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        for name in _FAKE_QUANTIZE:
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
-                library.impl(name, lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)), "Meta")
-        yield
 
 
 def _einsum_as_written() -> AbstractContextManager[None]:
@@ -78,7 +63,7 @@ def export(objective: Objective, batch: tuple[Any, Any, Any], shapes: Any) -> to
         CaptureError: export failed, with the user's line.
     """
     try:
-        with warnings.catch_warnings(), kept(), _lengths(), _einsum_as_written(), _shapes_of_fake_quantize():
+        with warnings.catch_warnings(), kept(), _lengths(), _einsum_as_written(), lent():
             warnings.simplefilter("ignore")
             program = torch.export.export(objective, batch, strict=False, dynamic_shapes=shapes)
             detach_no_grad(program.graph_module)

@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from ddpn_fx.passes.kernels import lstm
+
 aten = torch.ops.aten
 
 # operator -> number of its states (h; or h and c)
@@ -24,7 +26,7 @@ _CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.defa
 @functools.cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """torch's decompositions of recurrent layers and cells."""
-    table = torch.export.default_decompositions()
+    table = {**torch.export.default_decompositions(), aten.lstm.input: lstm}
     return {op: table[op] for op in (*_STACKS, *_CELLS) if op in table}
 
 

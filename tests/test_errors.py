@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -240,6 +241,12 @@ def test_an_integer_target_of_mse():
     x, _ = batch()
     target = torch.ones(6, 3, dtype=torch.long)
     twin = copy.deepcopy(net)
+    try:
+        torch.autograd.grad(F.mse_loss(twin(x), target), list(twin.parameters()))
+    except RuntimeError as fails:  # torch 2.11 promotes it in the loss alone, not in its gradient
+        with refused(net, RuntimeError, re.escape(str(fails)), opt):
+            opt.train_step(x, target)
+        return
     loss = opt.train_step(x, target)  # torch promotes it
     assert torch.equal(loss, ddpn_fx.DDPNOpt(twin).train_step(x, target.float()))
     assert torch.equal(net[0].weight, twin[0].weight)

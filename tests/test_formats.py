@@ -83,6 +83,7 @@ def test_model_explorer_has_every_graph(everything):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.load:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch.export.load of torch 2.11
 def test_the_model_itself_runs_elsewhere(everything):
     net, folder, _ = everything
     x = torch.randn(9, 4)

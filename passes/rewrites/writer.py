@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 
 class Writer:
@@ -26,5 +27,7 @@ class Writer:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         given, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta = {**self.meta, "val": target(*given, **named)}
+        # As torch's own tracing does: a composite operator in C++ may ask for sizes as numbers, and fix the batch's.
+        with enable_python_dispatcher():
+            node.meta = {**self.meta, "val": target(*given, **named)}
         return node
