@@ -42,11 +42,9 @@ format: $(VENV)/.dev ## rewrite the sources in the house's format
 bench: $(VENV)/.dev ## step time against a compiled SGD step
 	$(BIN)/python examples/bench/step.py $(ARGS)
 
-cuda: $(VENV)/.dev ## on a GPU: the tests that need one, then the step's and the start's benchmarks
+cuda: $(VENV)/.dev ## on a GPU: the tests that need one, and the benchmarks there; ARGS="FOLDER" of data sets
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make cuda: torch finds no CUDA device")'
-	$(BIN)/python -m pytest -m cuda tests/test_cuda.py $(ARGS)
-	$(BIN)/python examples/bench/step.py --device cuda --mode reduce-overhead --models all --methods default eigen-factored --warm 12 --out examples/results/bench/step_cuda.json
-	$(BIN)/python examples/bench/start.py --device cuda --out examples/results/bench/start_cuda.json
+	PYTHON=$(BIN)/python examples/bench/gpu.sh examples/results/bench/gpu $(ARGS)
 
 docs: $(VENV)/.docs ## build the documentation into build/site, every warning an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
