@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ddpn_fx.preconditioners import EigenFactored, Site
+from ddpn_fx.preconditioners import EigenFactored, Site, rotated
 from ddpn_fx.preconditioners.bases import eigenbases, iterated, orthonormal
 from tests.harness import close
 
@@ -90,6 +90,23 @@ def test_a_matrix_that_cannot_be_used_keeps_its_basis_and_hurts_no_other(renewed
 def test_newtons_step_mends_a_basis():
     basis = eigenbases(moments())[0]
     orthogonal(orthonormal(basis + 1e-6 * torch.randn_like(basis)))
+
+
+@pytest.mark.parametrize("every", [1, 10, 16])
+def test_after_doubled_steps_alone_an_iteration_gives_way_to_an_eigendecomposition(every, monkeypatch):
+    exact = []
+
+    def counted(second):
+        exact.append(step)
+        return eigenbases(second)
+
+    monkeypatch.setattr(rotated, "eigenbases", counted)
+    p, site = EigenFactored(solver="qr", refresh_every=every), Site("w", (3, 2))
+    state = p.state(site, torch.zeros(()))
+    for step in range(1, 41):
+        p.refresh(site, state, step)
+    wanted = {1: [1, 2, 4, 8, 16, 32], 10: [1, 2, 4, 8], 16: [1, 2, 4, 8, 16, 32]}[every]
+    assert sorted(set(exact)) == wanted
 
 
 @pytest.mark.parametrize("solver", ["eigh", "qr"])

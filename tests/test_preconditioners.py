@@ -853,6 +853,7 @@ def test_a_wrong_preconditioner_is_refused(given, error, match):
         (lambda: EigenKronecker(refresh_every=0), "EigenKronecker: refresh_every=0 must be at least 1"),
         (lambda: EigenFactored(basis_decay=1.0), r"EigenFactored: basis_decay=1.0 must be in \[0, 1\)"),
         (lambda: EigenFactored(refresh_every=0), "EigenFactored: refresh_every=0 must be at least 1"),
+        (lambda: EigenFactored(solver="svd"), "EigenFactored: solver='svd' must be 'eigh', 'qr' or None"),
         (lambda: EigenFactored(max_cost=-1.0), "EigenFactored: max_cost=-1.0 must be not negative"),
         (lambda: EigenFactored(max_size=-1), "EigenFactored: max_size=-1 must be not negative"),
         (lambda: EigenFactored(decay=-0.1), r"EigenFactored: decay=-0.1 must be in \[0, 1\)"),

@@ -33,15 +33,20 @@ def iterated(second: Tensor) -> tuple[Tensor, Tensor]:
     """
     finite, eye = _finite(second), _eye(second)
     order = second.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
-    sorting = torch.zeros_like(second).scatter(-2, order[..., None, :], 1.0).double()
-    ordered = sorting.mT @ second.double() @ sorting
+    ordered = _permuted(second.double(), order)
     moments = ordered.diagonal(dim1=-2, dim2=-1)
     ordered = ordered + (_RIDGE * moments.mean(-1))[..., None, None] * eye
     columns = ordered / ordered.diagonal(dim1=-2, dim2=-1)[..., None, :]
     q = _over_root(_over_root(columns))  # twice: the first leaves the square of the condition times the rounding
-    basis = (sorting @ q @ sorting.mT).to(second.dtype)
+    basis = _permuted(q, order.argsort(dim=-1)).to(second.dtype)
     basis = torch.where(finite & _finite(basis), basis, eye)
     return basis, basis.mT @ second @ basis
+
+
+def _permuted(matrices: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in an order (k, n) of each matrix's own."""
+    rows = matrices.take_along_dim(order[..., :, None], -2)
+    return rows.take_along_dim(order[..., None, :], -1)
 
 
 def _over_root(columns: Tensor) -> Tensor:

@@ -47,10 +47,10 @@ class EigenFactored(Factored):
 
     Args:
         basis_decay: of the moving averages that the bases diagonalise.
-        refresh_every: steps between two eigendecompositions.
-        solver: what renews them after the early renewals, which are by eigendecomposition: ``"eigh"``, an
-            eigendecomposition; ``"qr"``, one step of orthogonal iteration from the present bases; None: ``"qr"`` on a
-            GPU, where an eigendecomposition takes as long as many steps and stops the host, else ``"eigh"``.
+        refresh_every: steps between two renewals.
+        solver: what renews them: ``"eigh"``, an eigendecomposition; ``"qr"``, one step of orthogonal iteration from the
+            present bases, and an eigendecomposition after 1, 2, 4, 8 and so on steps alone; None: ``"qr"`` on a GPU,
+            where an eigendecomposition takes as long as many steps and stops the host, else ``"eigh"``.
         max_size: most elements of a side that are turned together. A larger side is cut into equal parts, each with a
             basis of its own; one without a divisor of a quarter of what is allowed (a prime number), and an embedding's
             indices, keep their coordinates.
@@ -123,8 +123,8 @@ class EigenFactored(Factored):
 
         Of the moments, as far as their diagonals go.
         """
-        early = step < self.refresh_every and step.bit_count() == 1
-        if step % self.refresh_every and not early:
+        doubled = step.bit_count() == 1
+        if step % self.refresh_every and not (doubled and step < self.refresh_every):
             return
         alike: dict[tuple[Any, ...], list[tuple[dict[str, Tensor], int]]] = {}
         for _, state in members:
@@ -134,7 +134,7 @@ class EigenFactored(Factored):
                     key = second.shape[-1], second.dtype, second.device
                     alike.setdefault(key, []).append((state, k))
         for (_, _, device), sides in alike.items():
-            exactly = early or (self.solver or ("qr" if device.type == "cuda" else "eigh")) == "eigh"
+            exactly = doubled or (self.solver or ("qr" if device.type == "cuda" else "eigh")) == "eigh"
             _renew(sides, exactly=exactly, mend=not exactly or step % (10 * self.refresh_every) == 0)
 
 
@@ -165,9 +165,8 @@ def _renew(sides: Sequence[tuple[dict[str, Tensor], int]], *, exactly: bool, men
         for name in AVERAGES:
             if name in state:
                 rows = state[name].transpose(0, k).unflatten(0, turn.shape[:2])
-                state[name].copy_(
-                    (turn.mT @ rows).flatten(0, 1).transpose(0, k)
-                )  # at once: the other side's may follow
+                turned = (turn.mT @ rows).flatten(0, 1).transpose(0, k)
+                state[name].copy_(turned)  # at once: the parameter's other side may be in this stack too
     torch._foreach_copy_(old, new)
 
 
