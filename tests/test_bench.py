@@ -1,6 +1,7 @@
 """The benchmarks' baselines are torch's own optimizers."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -58,3 +59,24 @@ def test_a_compiled_baseline_can_be_replayed_by_cuda_graphs(monkeypatch):
     assert len(fixed[True, True]) == 3 * 4 + 3 + 1  # weights and moments, running statistics, the count of steps
     assert (True, False) not in fixed
     assert {name.strip("_").split("_")[-1] for name in fixed[False, False]} == {"x", "y"}
+
+
+def test_times_on_another_device_go_with_recorded_trainings(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples/bench"))
+    import target
+
+    trainings, times = tmp_path / "trainings.json", tmp_path / "times.json"
+    trainings.write_text(json.dumps({"cells": {"a": {"curve": [1]}}, "step_ms": {"task": {"SGD": 1.0}}}))
+    record = target.Record(times, trainings)
+    assert record.cells == {"a": {"curve": [1]}}
+    assert not record.times
+    record.times["task"] = {"SGD": 0.25}
+    record.write(tasks={})
+    found = json.loads(times.read_text())
+    assert "cells" not in found
+    assert found["step_ms"] == {"task": {"SGD": 0.25}}
+    again = target.Record(times, trainings)
+    assert (again.cells, again.times) == (record.cells, record.times)
+    (task,) = (t for t in target.TASKS if t.key == "mnist-128")
+    with pytest.raises(SystemExit, match="has no training 'mnist-128 .* 800 steps .* SGD"):
+        target.Bench(task, None, again).cell("SGD", 0.1, 0)

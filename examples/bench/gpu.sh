@@ -20,7 +20,7 @@ python="${PYTHON:-python3}"
 device="${DEVICE:-cuda}"
 limit="${LIMIT:-190}"
 read -ra models <<<"${MODELS:-mlp cnn gpt resnet18-gn}"
-read -ra tasks <<<"${TASKS:-mnist-128 mnist-512 mnist-cnn-64 cifar-cnn-512 cifar-cnn-128 gpt-32}"
+read -ra tasks <<<"${TASKS:-mnist-128 mnist-512 mnist-1024 mnist-cnn-64 cifar-cnn-512 gpt-32}"
 common=(--device "$device" --mode reduce-overhead)
 steps=("$python" examples/bench/step.py "${common[@]}" --methods default eigen-factored --warm 12)
 targets=("$python" examples/bench/target.py "${common[@]}" --data "$folder" --trainings examples/results/bench/target.json

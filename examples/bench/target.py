@@ -143,11 +143,8 @@ class Bench:
         mode: str | None = None,
     ) -> None:
         self.task, self.record, self.rows, self.device, self.mode = task, record, rows, device, mode
-        recorded = (
-            set()
-            if record.trainings is not None
-            else {c["method"] for c in record.cells.values() if c["task"] == task.key and c["seed"] == SEEDS - 1}
-        )
+        last = [c["method"] for c in record.cells.values() if c["task"] == task.key and c["seed"] == SEEDS - 1]
+        recorded = last if record.trainings is None else ()  # elsewhere a peer may not be installed
         self.peers = [name for name in PEERS if name in peers or name in recorded]
         self.loaded: Callable[[], Loaded] = cache(lambda: task.load(folder))
         self._net: Any = None
@@ -162,6 +159,8 @@ class Bench:
         """A training: the merit on both held-out parts at every evaluation, from the record or run now."""
         key = f"{self.task.key} | {self.task.steps} steps | {method} | {value:g} | seed {seed}"
         if key not in self.record.cells:
+            if self.record.trainings is not None:
+                sys.exit(f"target.py: {self.record.trainings} has no training {key!r}; name other --tasks or --rows")
             self.record.cells[key] = self._train(method, value, seed)
             self.record.write()
             print(f"{key}: {self.record.cells[key]['curve'][-1]}", file=sys.stderr, flush=True)
@@ -311,7 +310,7 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
     def count(row: str, name: str, most: float) -> int:
         plain = EIGEN if row == EIGEN_GROUPS else DEFAULT  # the same thing where the batch is a group
         rows = [s["rows"] | {"baseline": s["rows"][s["rival"]]} for s in summaries.values()]
-        found = [(r[row if row in r else plain][name], r["baseline"][name]) for r in rows]
+        found = [(r[row if row in r else plain][name], r["baseline"][name]) for r in rows if {row, plain} & {*r}]
         return sum(mine is not None and mine <= most * theirs for mine, theirs in found)
 
     return [
