@@ -66,9 +66,10 @@ def test_times_on_another_device_go_with_recorded_trainings(monkeypatch, tmp_pat
     import target
 
     trainings, times = tmp_path / "trainings.json", tmp_path / "times.json"
-    trainings.write_text(json.dumps({"cells": {"a": {"curve": [1]}}, "step_ms": {"task": {"SGD": 1.0}}}))
+    cells = {"a": {"task": "mnist-32", "method": "SGD", "seed": 0, "curve": [1]}}
+    trainings.write_text(json.dumps({"cells": cells, "step_ms": {"task": {"SGD": 1.0}}}))
     record = target.Record(times, trainings)
-    assert record.cells == {"a": {"curve": [1]}}
+    assert record.cells == cells
     assert not record.times
     record.times["task"] = {"SGD": 0.25}
     record.write(tasks={})
