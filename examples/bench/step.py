@@ -342,13 +342,18 @@ def main() -> None:
     for name in chosen.models:
         for batch in chosen.batch or [made[name].batch]:
             found[f"{name}, {batch}"] = run(name, made[name], batch, chosen)
+            write(found, chosen)  # after each: a run may be cut short
+    print(chosen.out.with_suffix(".md").read_text(encoding="utf-8"), end="")
+
+
+def write(found: dict[str, dict[str, dict[str, Any]]], chosen: argparse.Namespace) -> None:
+    """Write the figures as JSON and as a Markdown table."""
     environment = report.environment() | {"device": report.device(chosen.device)}
     page = f"{table(found)}\n\nTime, FLOPs and peak memory over SGD's; {chosen.repeats} interleaved repeats, "
     page += "freed memory kept, " if chosen.keep_freed_memory else ""
     page += f"mode {chosen.mode}, " if chosen.mode else ""
     page += f"backend {chosen.backend}, {torch.get_num_threads()} threads, "
     page += f"on {environment['device']}. {report.describe(environment)}\n"
-    print(page, end="")
     setting = {k: v for k, v in vars(chosen).items() if k != "out"}
     report.write_json(chosen.out, environment | {"setting": setting, "results": found})
     chosen.out.with_suffix(".md").write_text(page, encoding="utf-8")
