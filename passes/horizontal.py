@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
 
 from ddpn_fx.passes.functional import mutates
+from ddpn_fx.passes.rewrites.writer import Writer
 
 aten = torch.ops.aten
 
@@ -144,10 +144,9 @@ def _independent(group: Sequence[_Product]) -> list[_Product]:
 
 def _join_grams(graph: fx.Graph, members: Sequence[_Product]) -> None:
     first, *others = members
-    with graph.inserting_before(first.node):
-        beside = _beside(graph, members)
-        turned = _call(graph, first.node, aten.transpose.int, beside, -2, -1)
-        first.node.replace_all_uses_with(_call(graph, first.node, aten.mm.default, beside, turned))
+    write = Writer(graph, first.node)
+    beside = _beside(graph, members)
+    first.node.replace_all_uses_with(write(aten.mm.default, beside, write(aten.transpose.int, beside, -2, -1)))
     for product in others:
         (total,) = product.out.users
         (rest,) = (a for a in total.args if isinstance(a, fx.Node) and a is not product.out)
@@ -158,13 +157,11 @@ def _join_grams(graph: fx.Graph, members: Sequence[_Product]) -> None:
 
 def _join_rows(graph: fx.Graph, members: Sequence[_Product]) -> None:
     first, at = members[0].node, 0
-    with graph.inserting_before(first):
-        whole = _call(graph, first, aten.mm.default, first.args[0], _beside(graph, members))
+    whole = Writer(graph, first)(aten.mm.default, first.args[0], _beside(graph, members))
     for product in members:
-        with graph.inserting_before(product.node):
-            end = at + product.shape[1]
-            product.node.replace_all_uses_with(_call(graph, product.node, aten.slice.Tensor, whole, 1, at, end))
-            at = end
+        end = at + product.shape[1]
+        product.node.replace_all_uses_with(Writer(graph, product.node)(aten.slice.Tensor, whole, 1, at, end))
+        at = end
         _drop(product.node)
 
 
@@ -179,22 +176,15 @@ def _drop(node: fx.Node) -> None:
 
 def _beside(graph: fx.Graph, members: Sequence[_Product]) -> fx.Node:
     """(N, m_1 + m_2 + ...); the same node where the same columns are laid side by side again."""
-    matrices = []
+    first, matrices = members[0].node, []
     for product in members:
         call = aten.reshape.default, product.columns, [*product.shape]
         known = [u for u in product.columns.users if (u.target, *u.args) == call]
-        matrices.append(known[0] if known else _call(graph, product.node, *call))
+        matrices.append(known[0] if known else Writer(graph, first, product.node)(*call))
     for user in matrices[0].users:
         if user.target is aten.cat.default and user.args == (matrices, 1):
             return user
-    return _call(graph, members[0].node, aten.cat.default, matrices, 1)
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A call with its value, labelled as ``like``."""
-    node = graph.call_function(target, args)
-    node.meta = {**like.meta, "val": target(*tree_map_only(fx.Node, lambda n: n.meta["val"], args))}
-    return node
+    return Writer(graph, first)(aten.cat.default, matrices, 1)
 
 
 def _in_order(graph: fx.Graph) -> None:

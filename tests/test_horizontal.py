@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import fx, nn
 
 import ddpn_fx
 from ddpn_fx.passes import fuse
@@ -128,6 +127,18 @@ def test_a_graph_that_writes_elsewhere_is_left_alone():
     assert side_by_side(module.graph) == 0
 
 
-def test_nothing_changes_on_a_cpu():
-    module = fx.symbolic_trace(nn.Linear(2, 2))
-    assert not fuse.on_gpu(module.graph)
+class OnGPU(torch.Tensor):
+    """A value that says it is on a GPU, where there may be none."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, OnGPU])
+def test_products_are_joined_on_a_gpu_alone(kind):
+    inputs = torch.tensor(0.5), torch.randn(4, 3), torch.randn(4, 3)
+    module = graph_of(sums, *inputs)
+    number = next(iter(module.graph.nodes))
+    number.meta["val"] = inputs[0].as_subclass(kind)
+    fuse.fuse(module)
+    assert products(module) == (2 if kind is OnGPU else 4)
+    same(module, sums(*inputs), *inputs)
