@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All that needs a GPU, for a machine that is at hand for minutes: on sixteen cores and an H200 about six.
+# All that needs a GPU, for a machine that is at hand for minutes.
 #
 #     examples/bench/gpu.sh OUT [FOLDER]       OUT: where results go; FOLDER: data sets for target.py (see ddpn_fx.data)
 #
 # First the tests run, and beside them every program of the benchmarks is compiled once, into a cache. Then, with the
 # machine at rest, the benchmarks are timed with what is in the cache. Each part has a limit; one that fails leaves the
-# others. Environment: PYTHON (python3), JOBS (processes of tests, 10), DEVICE (cuda), MODELS, TASKS, LIMIT (seconds for
+# others their turn, and the script fails at its end. Environment: PYTHON (python3), JOBS (processes of tests, 10), DEVICE (cuda), MODELS, TASKS, LIMIT (seconds for
 # tests and compilation, 190).
 set -uo pipefail
 out="$(realpath -m "${1:?usage: gpu.sh OUT [FOLDER]}")"
@@ -29,6 +29,8 @@ targets=("$python" examples/bench/target.py "${common[@]}" --data "$folder" --tr
 echo "tests, and compilation beside them"
 timeout "$limit" "$python" -m pytest -m cuda tests/test_cuda.py -n "${JOBS:-10}" -p no:cacheprovider -p no:benchmark \
   --show-capture=no --tb=short >"$out/tests.txt" 2>&1 &
+tests=$!
+failed=()
 for model in "${models[@]}"; do
   OMP_NUM_THREADS=2 timeout "$limit" "${steps[@]}" --models "$model" --repeats 2 --out "$cache/$model.json" \
     >"$cache/$model.txt" 2>&1 &
@@ -38,15 +40,17 @@ if [[ -n "$folder" ]]; then
     timeout "$limit" "${targets[@]}" "$task" --out "$cache/$task.json" >"$cache/$task.txt" 2>&1 &
   done
 fi
+wait "$tests" || failed+=(tests)
 wait
 cat "$cache"/*.txt >"$out/compilation.txt"
 
 echo "steps"
-timeout 120 "${steps[@]}" --models "${models[@]}" --repeats 40 --out "$out/step_cuda.json" >"$out/step.txt" 2>&1
+timeout 120 "${steps[@]}" --models "${models[@]}" --repeats 40 --out "$out/step_cuda.json" >"$out/step.txt" 2>&1 || failed+=(steps)
 tail -n 24 "$out/step.txt"
 if [[ -n "$folder" ]]; then
   echo "targets"
-  timeout 120 "${targets[@]}" "${tasks[@]}" --out "$out/target_cuda.json" >"$out/target.txt" 2>&1
+  timeout 120 "${targets[@]}" "${tasks[@]}" --out "$out/target_cuda.json" >"$out/target.txt" 2>&1 || failed+=(targets)
   tail -n 36 "$out/target.txt"
 fi
 grep -v '^  ' "$out/tests.txt" | tail -n 40
+((${#failed[@]} == 0)) || { echo "gpu.sh: FAILED: ${failed[*]}; see $out" >&2 && exit 1; }

@@ -383,6 +383,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.trainings is None and options.device != "cpu":
         parser.error("--device: trainings are run on the CPU; name recorded ones by --trainings")
+    if options.trainings is not None and options.train_only:
+        parser.error("--train-only: with --trainings nothing is trained")
     ddpn_fx.keep_freed_memory()  # for all methods alike, where the C library has it
     torch._dynamo.config.recompile_limit = 64  # every task's baseline is the same function to Dynamo
     record = Record(options.out, options.trainings)
