@@ -57,6 +57,9 @@ class DDPNOpt(Optimizer):
         decoupled: weight decay as AdamW's.
         momentum: as ``torch.optim.SGD``'s, on the direction Gamma omega.
         beta1: Adam's bias-corrected average of the direction.
+        nesterov: Nesterov's form of momentum, ``torch.optim.SGD``'s, and of beta1's average, ``torch.optim.NAdam``'s with
+            weights that sum to 1 from the first step on: the average as it would be a step later, with the same
+            direction. One of the two must be set.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
         cg_iterations: solve by so many conjugate gradients, without K and without per-sample gradients, for large
             batches; None: dense. For the one system of the defaults: coupling ``"batch"``, ``quu`` and ``rollout`` as
@@ -99,6 +102,7 @@ class DDPNOpt(Optimizer):
         decoupled: bool = False,
         momentum: float = 0.0,
         beta1: float = 0.0,
+        nesterov: bool = False,
         tikhonov: float = 0.0,
         cg_iterations: int | None = None,
     ) -> None:
@@ -109,6 +113,7 @@ class DDPNOpt(Optimizer):
             rollout=rollout,
             feedback=feedback,
             decoupled=decoupled,
+            nesterov=nesterov,
             curvature=curvature,
             loss_floor=loss_floor,
             cg_iterations=cg_iterations,
@@ -119,7 +124,7 @@ class DDPNOpt(Optimizer):
         )
         self.net = net
         self.coupling, self.quu, self.rollout = coupling, quu, rollout
-        self.feedback, self.decoupled, self.beta1 = feedback, decoupled, beta1
+        self.feedback, self.decoupled, self.beta1, self.nesterov = feedback, decoupled, beta1, nesterov
         self.gain, self.trust, self.tikhonov, self.cg_iterations = gain, trust, tikhonov, cg_iterations
         check_loop(self.gain, self.trust, self.tikhonov, self.beta1)
         self._values: Tensor | None = None
@@ -136,6 +141,8 @@ class DDPNOpt(Optimizer):
         if lr is None:
             lr = getattr(self._preconditioner, "default_lr", 1.0)
         super().__init__(initial_groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        if nesterov and not beta1 and not any(float(g["momentum"]) for g in self.param_groups):
+            raise ValueError("DDPNOpt: nesterov=True is a form of momentum or of beta1's average: set one of the two")
 
     @classmethod
     def paper(
@@ -401,6 +408,7 @@ class DDPNOpt(Optimizer):
             "feedback",
             "decoupled",
             "beta1",
+            "nesterov",
             "tikhonov",
             "gain",
             "trust",
@@ -414,6 +422,7 @@ class DDPNOpt(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("nesterov", False)  # of before it was an option
         self.__dict__.setdefault("_programs", {})
         self.__dict__.setdefault("_vector", None)
         self.__dict__.setdefault("_faults", Faults())

@@ -21,6 +21,7 @@ def check_arguments(
     rollout: Any,
     feedback: Any,
     decoupled: Any,
+    nesterov: Any,
     curvature: Any,
     loss_floor: Any,
     cg_iterations: Any,
@@ -46,7 +47,7 @@ def check_arguments(
             f"DDPNOpt: cg_iterations={cg_iterations!r} must be a positive number of iterations, "
             "or None for the dense solve"
         )
-    for name, flag in (("feedback", feedback), ("decoupled", decoupled)):
+    for name, flag in (("feedback", feedback), ("decoupled", decoupled), ("nesterov", nesterov)):
         if not isinstance(flag, bool):
             raise ValueError(f"DDPNOpt: {name}={flag!r} must be True or False")
     for name, value in (("curvature", curvature), ("loss_floor", loss_floor)):

@@ -73,6 +73,7 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         decoupled=opt.decoupled,
         momentum=tuple(bool(float(g["momentum"])) for g in opt.param_groups),
         average=average,
+        nesterov=opt.nesterov,
         preconditioner=opt.preconditioner,
         tikhonov=regularized,
         iterations=opt.cg_iterations if opt.feedback else None,

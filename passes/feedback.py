@@ -156,7 +156,8 @@ class Rollout:
         """du of one parameter: ``-eta M^-1 (Gamma omega + wd u)``, through momentum or beta1's average.
 
         The direction, and what is kept of it, is in the parameter's frame, where there is one.
-        As in torch.optim, beta1 averages what M^-1 then divides, and momentum what it has divided.
+        As in torch.optim, beta1 averages what M^-1 then divides, and momentum what it has divided. Nesterov's form takes
+        the average as it would be a step later, with the same direction.
         """
         g = self.group[name]
         value = self.trajectory.parameters.params[name]
@@ -166,14 +167,18 @@ class Rollout:
             direction = direction + self.hyper.weight_decay[g] * self.linear.framed(name, value)
         key, metric = state_key(self.mode.buffer, name), self.linear.metrics.get(name)
         if self.mode.average:
-            beta1 = self.hyper.beta1
-            self.new_state[key] = beta1 * self.state[key] + (1 - beta1) * direction
-            direction = self.new_state[key] / (1 - beta1 ** self.new_state["step"])
+            beta1, step, at_hand = self.hyper.beta1, self.new_state["step"], direction
+            self.new_state[key] = direction = beta1 * self.state[key] + (1 - beta1) * at_hand
+            if self.mode.nesterov:
+                direction, step = beta1 * direction + (1 - beta1) * at_hand, step + 1
+            direction = direction / (1 - beta1**step)
         if metric is not None:
             direction = metric.solve(direction).to(direction.dtype)
         if not self.mode.average and self.mode.momentum[g]:
-            direction = self.hyper.momentum[g] * self.state[key] + direction
-            self.new_state[key] = direction
+            momentum, at_hand = self.hyper.momentum[g], direction
+            self.new_state[key] = direction = momentum * self.state[key] + at_hand
+            if self.mode.nesterov:
+                direction = momentum * direction + at_hand
         change = -self.hyper.lr[g] * direction
         if frame is not None:
             change = frame.out(change).to(value.dtype)

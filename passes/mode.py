@@ -82,6 +82,7 @@ class Mode:
         decoupled: whether weight decay is outside the recursion.
         momentum: for each group whether it has a momentum buffer.
         average: whether directions are averaged with beta1.
+        nesterov: whether momentum and beta1's average are in Nesterov's form.
         preconditioner: what makes M; None for the identity.
         tikhonov: whether eps_V is added.
         iterations: of the folded solve without K (:mod:`ddpn_fx.passes.iterative`); None: the dense solve.
@@ -101,6 +102,7 @@ class Mode:
     decoupled: bool
     momentum: tuple[bool, ...]
     average: bool
+    nesterov: bool = False
     preconditioner: Preconditioner | None = None
     tikhonov: bool = False
     iterations: int | None = None

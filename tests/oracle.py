@@ -98,6 +98,7 @@ class Settings:
     decoupled: bool = False
     momentum: float | Mapping[str, float] = 0.0
     beta1: float = 0.0
+    nesterov: bool = False
     tikhonov: float = 0.0
     cg_iterations: int | None = None
 
@@ -760,16 +761,19 @@ def update(
 
     d = Gamma omega (+ wd u); momentum as torch.optim.RMSprop's, buf = momentum buf + M^-1 d; beta1 as Adam's first
     moment, M^-1 m, m = beta1 m + (1 - beta1) d over 1 - beta1^step; du = -eta (direction) (- eta wd u if decoupled).
+    nesterov: M^-1 d + momentum buf (torch.optim.SGD); M^-1 (beta1 m + (1 - beta1) d) over 1 - beta1^(step + 1).
     """
     solve = lambda t: (inverse @ t.flatten()).reshape(u.shape)  # noqa: E731
     eta, decay, momentum = (_of(x, name) for x in (settings.lr, settings.weight_decay, settings.momentum))
     d = gradient if settings.decoupled else gradient + decay * u
     if momentum:
-        buffers[name] = d = momentum * buffers.get(name, torch.zeros_like(u)) + solve(d)
+        buffers[name] = momentum * buffers.get(name, torch.zeros_like(u)) + solve(d)
+        d = solve(d) + momentum * buffers[name] if settings.nesterov else buffers[name]
     elif settings.beta1:
-        average = settings.beta1 * buffers.get(name, torch.zeros_like(u)) + (1 - settings.beta1) * d
-        buffers[name] = average
-        d = solve(average / (1 - settings.beta1**step_number))
+        beta1 = settings.beta1
+        buffers[name] = average = beta1 * buffers.get(name, torch.zeros_like(u)) + (1 - beta1) * d
+        ahead = (beta1 * average + (1 - beta1) * d) / (1 - beta1 ** (step_number + 1))
+        d = solve(ahead if settings.nesterov else average / (1 - beta1**step_number))
     else:
         d = solve(d)
     return -eta * d - (eta * decay * u if settings.decoupled else 0.0)

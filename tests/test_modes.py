@@ -56,6 +56,8 @@ EXTRAS = {
     "momentum": {"momentum": 0.9, "lr": 0.1},
     "momentum-nonlinear": {"momentum": 0.9, "weight_decay": 0.01, "rollout": "nonlinear", "lr": 0.1},
     "beta1": {"beta1": 0.9, "lr": 0.1},
+    "momentum-nesterov-nonlinear": {"momentum": 0.9, "nesterov": True, "rollout": "nonlinear", "lr": 0.1},
+    "beta1-nesterov": {"beta1": 0.9, "nesterov": True, "lr": 0.1},
     "cg": {"cg_iterations": 2},
     "cg-decay": {"cg_iterations": 2, "weight_decay": 0.05},
     "cg-decoupled-momentum": {"cg_iterations": 3, "weight_decay": 0.05, "decoupled": True, "momentum": 0.9, "lr": 0.1},

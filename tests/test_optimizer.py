@@ -74,7 +74,8 @@ def assert_equal(got, want, tolerance=0.0):
 def test_open_loop_is_sgd(model):
     net = compiled(model(), disable=False, backend="eager")
     start = copy.deepcopy(net.state_dict())
-    for settings in ({}, {"momentum": 0.9}, {"momentum": 0.5, "weight_decay": 0.1}):
+    nesterov = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    for settings in ({}, {"momentum": 0.9}, {"momentum": 0.5, "weight_decay": 0.1}, nesterov):
         net.load_state_dict(start)
         reference = model()
         reference.load_state_dict(start)
@@ -105,9 +106,10 @@ def test_open_loop_decoupled_decay_is_by_hand():
     assert_equal(weights(net), weights(reference), 1e-10)
 
 
-def test_open_loop_with_beta1_is_adams_average():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_open_loop_with_beta1_is_adams_average(nesterov):
     net, reference = compiled(), mlp()
-    opt = ddpn_fx.DDPNOpt(net, lr=0.1, feedback=False, beta1=0.9)
+    opt = ddpn_fx.DDPNOpt(net, lr=0.1, feedback=False, beta1=0.9, nesterov=nesterov)
     averages = {}
     for step in range(4):
         x, y = batch(seed=step)
@@ -115,7 +117,8 @@ def test_open_loop_with_beta1_is_adams_average():
         with torch.no_grad():
             for (name, p), g in zip(reference.named_parameters(), gradients, strict=True):
                 averages[name] = 0.9 * averages.get(name, torch.zeros_like(p)) + 0.1 * g
-                p.sub_(0.1 * averages[name] / (1 - 0.9 ** (step + 1)))
+                ahead = (0.9 * averages[name] + 0.1 * g) / (1 - 0.9 ** (step + 2))  # a step later, with the same g
+                p.sub_(0.1 * (ahead if nesterov else averages[name] / (1 - 0.9 ** (step + 1))))
         opt.train_step(x, y)
     assert_equal(weights(net), weights(reference), 1e-10)
 

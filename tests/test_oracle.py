@@ -115,14 +115,15 @@ def test_every_parameter_is_the_control_of_the_first_stage_that_reads_it(c):
 
 
 @every_case
-@pytest.mark.parametrize("coupling", ["batch", "sample"])
-def test_feedback_off_is_sgd(c, coupling):
+@pytest.mark.parametrize(("coupling", "nesterov"), [("batch", False), ("sample", False), ("batch", True)])
+def test_feedback_off_is_sgd(c, coupling, nesterov):
     model, stages, params, buffers = c.model(), c.stages(), params_of(c), None
     first, *rest = [name for stage in stages for name in stage.controls]
     settings = Settings(
         lr={first: 0.3} | dict.fromkeys(rest, 0.1),
         momentum={first: 0.0} | dict.fromkeys(rest, 0.9),
         weight_decay={first: 0.2} | dict.fromkeys(rest, 0.01),
+        nesterov=nesterov,
         feedback=False,
         coupling=coupling,
         terminal=terminal_of(c),
@@ -131,7 +132,13 @@ def test_feedback_off_is_sgd(c, coupling):
     optimizer = torch.optim.SGD(
         [
             {"params": [by_name[first]], "lr": 0.3, "momentum": 0.0, "weight_decay": 0.2},
-            {"params": [by_name[name] for name in rest], "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+            {
+                "params": [by_name[n] for n in rest],
+                "lr": 0.1,
+                "momentum": 0.9,
+                "weight_decay": 0.01,
+                "nesterov": nesterov,
+            },
         ],
         lr=1.0,
     )

@@ -242,6 +242,7 @@ SETTINGS = {
     "groups, gain": oracle.Settings(lr=0.05, coupling=3, gain=0.7, terminal="residual"),
     "exact, decay, momentum": oracle.Settings(lr=0.05, terminal="exact", weight_decay=0.02, momentum=0.8),
     "decoupled, beta1": oracle.Settings(lr=0.05, weight_decay=0.02, decoupled=True, beta1=0.7),
+    "nesterov": oracle.Settings(lr=0.05, weight_decay=0.02, beta1=0.7, nesterov=True),
     "open loop": oracle.Settings(lr=0.05, feedback=False, weight_decay=0.02),
     "conjugate gradients": oracle.Settings(lr=0.05, cg_iterations=2),
     "conjugate gradients, decay, beta1": oracle.Settings(lr=0.05, cg_iterations=3, weight_decay=0.02, beta1=0.7),

@@ -4,7 +4,7 @@ Each start is a process of its own: import, make the model, and run one step. Th
 the second the cache of the first. DDPNOpt's step is held against a step of plain SGD that `torch.compile` has made.
 
     python examples/bench/start.py                        the table below: a quarter of an hour on two idle cores
-    python examples/bench/start.py --only ResNet
+    python examples/bench/start.py --only ResNet --methods default eigen-factored
     python examples/bench/start.py --device cuda
 
 Figures are of the first step alone, capture and compilation in it. `CPU` are processor seconds, of the compiler's too
@@ -26,12 +26,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compile_time import networks
-from step import compiled_baseline
+from step import OPTIONS, compiled_baseline
 
 import ddpn_fx
 from ddpn_fx.demo import report
 
-METHODS = ("SGD", "DDPNOpt")
 STARTS = ("first", "second")
 
 
@@ -46,7 +45,7 @@ def start(method: str, model: str, chosen: argparse.Namespace) -> dict[str, Any]
         float(compiled_baseline(net, F.cross_entropy, "inductor")(x, y))
     else:
         compiled = ddpn_fx.compile(net, loss=F.cross_entropy)
-        float(ddpn_fx.DDPNOpt(compiled, lr=0.01).train_step(x, y))
+        float(ddpn_fx.DDPNOpt(compiled, lr=0.01, **OPTIONS[method]).train_step(x, y))
         (lowered,) = compiled._lowered.values()
         passes = {r.name: r.seconds for r in (*compiled.chain.records, *lowered.records)}
     return {
@@ -65,10 +64,11 @@ def _processor_seconds() -> float:
 
 def measure(model: str, chosen: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """Both starts of both methods on one model: method -> start -> figures."""
-    found: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in METHODS}
+    methods = ["SGD", *chosen.methods]
+    found: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in methods}
     with tempfile.TemporaryDirectory() as folder:
         for name in STARTS:
-            for method in METHODS:
+            for method in methods:
                 environment = {
                     **os.environ,
                     "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / method),
@@ -109,6 +109,9 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", metavar="TEXT", nargs="+", default=["MLP", "group norm", "transformer"], help="models with this name"
+    )
+    parser.add_argument(
+        "--methods", metavar="METHOD", nargs="+", default=["default"], choices=OPTIONS, help="of step.py's, beside SGD"
     )
     parser.add_argument("--layers", type=int, default=12, help="of the transformer (default: 12)")
     parser.add_argument("--width", type=int, default=128, help="of the transformer (default: 128)")

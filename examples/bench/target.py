@@ -56,24 +56,27 @@ PEERS: dict[str, Optimizers] = {"SOAP": soap, "Muon": muon}  # rows beside, whic
 OPTIMIZERS = BASELINES | PEERS
 DEFAULT = "DDPNOpt"
 GROUPS = "coupling 64"  # a row of its own where the batch is larger: the cheaper form for large batches
-EIGEN = "eigen-factored, beta1 0.9, lr 0.01"  # a row of its own: the other setting that is one for all tasks
+EIGEN = "eigen-factored, Nesterov 0.9, lr 0.01"  # a row of its own: the other setting that is one for all tasks
 EIGEN_GROUPS = f"{EIGEN}, coupling 64"  # the same in groups
 EIGEN_CG = f"{EIGEN}, cg 5"  # the same by conjugate gradients, on large batches of what is not dear
-EIGEN_QR = f"{EIGEN}, qr"  # the same with bases renewed as on a GPU
-# DDPNOpt's settings; the row "tuned" chooses from all but the last: name -> (lr, options).
+EIGEN_PLAIN = "eigen-factored, beta1 0.9, lr 0.01"  # without Nesterov's form
+EIGEN_QR = f"{EIGEN_PLAIN}, qr"  # the last with bases renewed as on a GPU
+TURNED: dict[str, Any] = {"preconditioner": EigenFactored(), "beta1": 0.9, "nesterov": True}
 ADAM_LIKE = Diagonal(decay=0.99, bias_correction=True, relative_eps=0.01)
+# DDPNOpt's settings; the row "tuned" chooses from all but the last two: name -> (lr, options).
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     DEFAULT: (1.0, {}),
     GROUPS: (1.0, {"coupling": 64}),
-    EIGEN: (0.01, {"preconditioner": EigenFactored(), "beta1": 0.9}),
-    EIGEN_GROUPS: (0.01, {"preconditioner": EigenFactored(), "beta1": 0.9, "coupling": 64}),
-    EIGEN_CG: (0.01, {"preconditioner": EigenFactored(), "beta1": 0.9, "cg_iterations": 5}),
-    "eigen-factored, beta1 0.9, lr 0.003": (0.003, {"preconditioner": EigenFactored(), "beta1": 0.9}),
+    EIGEN: (0.01, TURNED),
+    EIGEN_GROUPS: (0.01, TURNED | {"coupling": 64}),
+    EIGEN_CG: (0.01, TURNED | {"cg_iterations": 5}),
+    "eigen-factored, Nesterov 0.9, lr 0.003": (0.003, TURNED),
     "lr 0.3": (0.3, {}),
     "lr 3": (3.0, {}),
     "lr 10": (10.0, {}),
     "factored, beta1 0.9, lr 0.01": (0.01, {"preconditioner": Factored(), "beta1": 0.9}),
     "diagonal, beta1 0.9, lr 0.01": (0.01, {"preconditioner": ADAM_LIKE, "beta1": 0.9}),
+    EIGEN_PLAIN: (0.01, {"preconditioner": EigenFactored(), "beta1": 0.9}),
     EIGEN_QR: (0.01, {"preconditioner": EigenFactored(solver="qr"), "beta1": 0.9}),
 }
 
@@ -84,12 +87,12 @@ Chosen = dict[str, tuple[str, float]]  # row -> the method and value that were c
 
 
 ROWS = (DEFAULT, GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_CG, TUNED)
-ALL_ROWS = (*ROWS, EIGEN_QR)
+BESIDE = (EIGEN_PLAIN, EIGEN_QR)  # rows that are shown where they are asked for
 
 
 def ours(chosen: Chosen) -> list[str]:
     """DDPNOpt's rows."""
-    return [row for row in ALL_ROWS if row in chosen]
+    return [row for row in (*ROWS, *BESIDE) if row in chosen]
 
 
 class Record:
@@ -157,7 +160,7 @@ class Bench:
 
     def cell(self, method: str, value: float, seed: int) -> dict[str, Any]:
         """A training: the merit on both held-out parts at every evaluation, from the record or run now."""
-        key = f"{self.task.key} | {self.task.steps} steps | {method} | {value:g} | seed {seed}"
+        key = self.key(method, value, seed)
         if key not in self.record.cells:
             if self.record.trainings is not None:
                 sys.exit(f"target.py: {self.record.trainings} has no training {key!r}; name other --tasks or --rows")
@@ -166,34 +169,46 @@ class Bench:
             print(f"{key}: {self.record.cells[key]['curve'][-1]}", file=sys.stderr, flush=True)
         return self.record.cells[key]
 
+    def key(self, method: str, value: float, seed: int) -> str:
+        """A training's name in the record."""
+        return f"{self.task.key} | {self.task.steps} steps | {method} | {value:g} | seed {seed}"
+
     def _train(self, method: str, value: float, seed: int) -> dict[str, Any]:
         task, loaded = self.task, self.loaded()
-        torch.manual_seed(seed)
-        weights = loaded.build().state_dict()
-        step, model = self._step(method, value, weights)
+        step, model, _ = self.begin(method, value, seed)
         curve: list[list[float | None]] = []
         for taken, (x, y) in enumerate(loaded.batches(task.batch, task.steps, seed), start=1):
             loss = step(x, y)
             if taken % max(1, task.steps // EVALUATIONS) == 0 or taken == task.steps:
-                merits = [self._merit(model, part) for part in loaded.held_out]
-                curve.append([taken, *(m if math.isfinite(m) else None for m in merits)])
+                curve.append([taken, *self.merits(model)])
                 if not math.isfinite(float(loss)):
                     break
         return {"task": task.key, "method": method, "value": value, "seed": seed, "curve": curve}
 
-    def _step(self, method: str, value: float, weights: dict[str, Tensor]) -> tuple[Callable[..., Tensor], nn.Module]:
+    def begin(
+        self, method: str, value: float, seed: int
+    ) -> tuple[Callable[..., Tensor], nn.Module, list[torch.optim.Optimizer]]:
+        """A training's step, its model with a seed's weights, and what updates it."""
+        torch.manual_seed(seed)
+        weights = self.loaded().build().state_dict()
         if method not in SETTINGS:
             model = self.loaded().build().to(memory_format=torch.channels_last)
             model.load_state_dict(weights)
-            return plain_step(model, *OPTIMIZERS[method](model, value), loss=self.task.loss), model
+            optimizers = OPTIMIZERS[method](model, value)
+            return plain_step(model, *optimizers, loss=self.task.loss), model, optimizers
         self.net().load_state_dict(weights)
         lr, options = SETTINGS[method]
-        return ddpn_fx.DDPNOpt(self.net(), lr=lr, **options).train_step, self.net()
+        opt = ddpn_fx.DDPNOpt(self.net(), lr=lr, **options)
+        return opt.train_step, self.net(), [opt]
 
-    def _merit(self, model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
-        with torch.no_grad():
-            output = torch.cat([model(x) for x in part[0].split(500)])
-        return self.loaded().merit(output, part[1])
+    def merits(self, model: nn.Module) -> list[float | None]:
+        """On the part that chooses and on the one that is reported; None where it is not finite."""
+        found = []
+        for x, y in self.loaded().held_out:
+            with torch.no_grad():
+                output = torch.cat([model(part) for part in x.split(500)])
+            found.append(self.loaded().merit(output, y))
+        return [m if math.isfinite(m) else None for m in found]
 
     def run(self, *, timed: bool = True) -> Chosen:
         """All trainings that are missing, and the times of the steps."""
@@ -203,9 +218,9 @@ class Bench:
         least = {GROUPS: 65, EIGEN_GROUPS: 65, EIGEN_CG: 512}  # the batch from which a setting is tried
         settings = [s for s in SETTINGS if self.task.batch >= least.get(s, 1)]
         if self.task.dear:
-            settings = [s for s in settings if s in (*TRIED_WHERE_DEAR, EIGEN_QR)]
+            settings = [s for s in settings if s in (*TRIED_WHERE_DEAR, *BESIDE)]
         if TUNED in self.rows:
-            tuned = max((s for s in settings if s != EIGEN_QR), key=lambda s: self._choice(s, SETTINGS[s][0]))
+            tuned = max((s for s in settings if s not in BESIDE), key=lambda s: self._choice(s, SETTINGS[s][0]))
             chosen[TUNED] = tuned, SETTINGS[tuned][0]
         chosen |= {row: (row, SETTINGS[row][0]) for row in self.rows if row in settings}
         for row in (self.rival(chosen), *self.peers, *ours(chosen)):
@@ -217,7 +232,7 @@ class Bench:
 
     def rival(self, chosen: Chosen) -> str:
         """The best of the tuned baselines."""
-        return max(BASELINES, key=lambda n: self._choice(*chosen[n]))
+        return max(self.task.grids, key=lambda n: self._choice(*chosen[n]))
 
     def _choice(self, method: str, value: float) -> float:
         """The choosing part's merit at the end of one training (seed 0), upwards."""
@@ -320,7 +335,8 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
         for row, what in (
             (DEFAULT, "The default, one setting for all"),
             (EIGEN, "eigen-factored, one setting for all"),
-            (EIGEN_QR, "eigen-factored with bases renewed as on a GPU"),
+            (EIGEN_PLAIN, "eigen-factored without Nesterov's form"),
+            (EIGEN_QR, "the same with bases renewed as on a GPU"),
             (GROUPS, "The default in groups of 64"),
             (EIGEN_GROUPS, "eigen-factored in groups of 64"),
         )
@@ -336,7 +352,7 @@ def picture(path: Path, benches: list[tuple[Bench, Chosen]]) -> None:
     for axes, (bench, chosen) in zip(panels, benches, strict=False):
         rival = bench.rival(chosen)
         colors = {rival: "#0072b2", DEFAULT: "#c1272d", GROUPS: "#009e73", EIGEN: "#9467bd", TUNED: "#e69f00"}
-        colors[EIGEN_QR] = "#000000"
+        colors |= {EIGEN_PLAIN: "#e377c2", EIGEN_QR: "#000000"}
         colors |= {EIGEN_GROUPS: "#8c564b", EIGEN_CG: "#bcbd22"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
         for row in (rival, *bench.peers, *ours(chosen)):
             curve = bench.curve(*chosen[row])
@@ -375,7 +391,7 @@ def main() -> None:
         "--trainings", metavar="FILE", type=Path, help="take the trainings of this file, time steps alone"
     )
     parser.add_argument(
-        "--rows", nargs="+", choices=ALL_ROWS, default=ROWS, help="of DDPNOpt's (default: all but the last)"
+        "--rows", nargs="+", choices=(*ROWS, *BESIDE), default=ROWS, help="of DDPNOpt's (default: all but the last two)"
     )
     parser.add_argument("--device", default="cpu", help="where steps are timed (default: cpu); needs --trainings")
     parser.add_argument("--mode", help="of torch.compile, for the timed steps; on a GPU: reduce-overhead")
