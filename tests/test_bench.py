@@ -81,3 +81,46 @@ def test_times_on_another_device_go_with_recorded_trainings(monkeypatch, tmp_pat
     (task,) = (t for t in target.TASKS if t.key == "mnist-128")
     with pytest.raises(SystemExit, match="has no training 'mnist-128 .* 800 steps .* SGD"):
         target.Bench(task, None, again).cell("SGD", 0.1, 0)
+
+
+def test_schedules_average_the_weights_and_let_the_step_size_fall(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples/bench"))
+    import schedules
+    from tasks import Loaded, Task
+
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(64, 3, generator=generator), torch.randn(64, 1, generator=generator)
+    part = x, x @ torch.ones(3, 1) + noise
+
+    def load(folder):
+        return Loaded(lambda: nn.Linear(3, 1), lambda *_: [tuple(t[i::40][:1] for t in part) for i in range(40)],
+                      (part, part), lambda o, t: float(F.mse_loss(o, t)))  # fmt: skip
+
+    task = Task("line", "a line through noise", load, F.mse_loss, 1, 40, {"SGD": (9.0,), "momentum": (0.05,)}, False)
+    record = schedules.Record(tmp_path / "found.json")
+    runs = {kind: schedules.Scheduled(task, None, record, kind) for kind in schedules.KINDS}
+    assert runs["constant"].task.grids == {"momentum": (0.05, pytest.approx(0.15))}
+    ends = {kind: run.cell("momentum", 0.05, 0)["curve"][-1][2] for kind, run in runs.items()}
+    assert len(record.cells) == 3
+    # A sample a step: at a constant step size the end is noise. Both others have less of it.
+    assert ends["averaged"] < ends["constant"]
+    assert ends["decayed"] < ends["constant"]
+
+
+def test_the_page_of_schedules_counts_what_is_ahead(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples/bench"))
+    import schedules
+
+    rows = {schedules.DEFAULT: {"end": 97.0, "steps": None}, schedules.EIGEN: {"end": 98.0, "steps": 0.5}}
+    figures = {kind: {"rival": "Adam 0.01", "target": 97.5, "rows": rows} for kind in schedules.KINDS}
+    tasks = {t.key: t for t in schedules.TASKS}
+    found = {"mnist-128": figures}
+    text = schedules.table(found, tasks)
+    assert "| mnist-128, % | constant " in text
+    assert "| Adam 0.01: 97.50 " in text
+    default, eigen = schedules.verdict(found, tasks)
+    assert default.endswith("constant 0 and 0, averaged 0 and 0, decayed 0 and 0.")
+    assert eigen.endswith("constant 1 and 1, averaged 1 and 1, decayed 1 and 1.")
+    default, eigen = schedules.verdict({"gpt-32": figures}, tasks)  # nats: less is better
+    assert default.endswith("constant 1 and 0, averaged 1 and 0, decayed 1 and 0.")
+    assert eigen.endswith("constant 0 and 1, averaged 0 and 1, decayed 0 and 1.")

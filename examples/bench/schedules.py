@@ -1,0 +1,158 @@
+"""Does the gain last beyond a constant step size? Trainings of target.py with averaged weights, and with a schedule.
+
+A training at a constant step size ends in the noise of its batches. So its end says little of a method whose user
+averages the weights (``torch.optim.swa_utils``, a moving average over some fifty steps) or lets the step size fall to
+0. Here all methods have the same: momentum and Adam tuned anew for each of the three, over target.py's grids and one
+step size beyond, and DDPNOpt's two settings as they are. (SGD was the best on none of target.py's tasks.)
+
+    python examples/bench/schedules.py --data FOLDER                     all tasks, hours on one core; it is resumed
+    python examples/bench/schedules.py --data FOLDER --tasks mnist-128   a part, and the page of all that is there
+
+Writes the trainings as JSON and a Markdown table: the reported merit at the end, means over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from target import DEFAULT, EIGEN, EVALUATIONS, SEEDS, SETTINGS, Bench, Chosen, Record, reached
+from tasks import TASKS, Task
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import ddpn_fx
+from ddpn_fx.demo import report
+from ddpn_fx.demo.compare import one_thread
+
+RESULTS = Path(__file__).resolve().parents[1] / "results/bench/schedules.json"
+CONSTANT, AVERAGED, DECAYED = KINDS = "constant", "averaged", "decayed"
+DECAY = 0.98  # of the moving average of the weights
+OURS = (DEFAULT, EIGEN)
+
+
+class Scheduled(Bench):
+    """A task's trainings of one of ``KINDS``. A training at a constant step size gives two: as it is, and averaged."""
+
+    def __init__(self, task: Task, folder: str | None, record: Record, kind: str) -> None:
+        grids = {name: (*values, 3 * max(values)) for name, values in task.grids.items() if name != "SGD"}
+        super().__init__(replace(task, grids=grids), folder, record, rows=OURS)
+        self.kind = kind
+
+    def key(self, method: str, value: float, seed: int, kind: str | None = None) -> str:
+        """A training's name in the record."""
+        return f"{super().key(method, value, seed)} | {kind or self.kind}"
+
+    def _train(self, method: str, value: float, seed: int) -> dict[str, Any]:
+        task, loaded = self.task, self.loaded()
+        step, model, optimizers = self.begin(method, value, seed)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+        rate = (lambda taken: 1 - taken / task.steps) if self.kind == DECAYED else (lambda taken: 1.0)
+        schedules = [LambdaLR(optimizer, rate) for optimizer in optimizers]
+        curves: dict[str, list[list[float | None]]] = {CONSTANT: [], AVERAGED: []}
+        for taken, (x, y) in enumerate(loaded.batches(task.batch, task.steps, seed), start=1):
+            loss = step(x, y)
+            average.update_parameters(model)
+            for schedule in schedules:
+                schedule.step()
+            if taken % max(1, task.steps // EVALUATIONS) == 0 or taken == task.steps:
+                curves[CONSTANT].append([taken, *self.merits(model)])
+                curves[AVERAGED].append([taken, *self.merits(average)])
+                if not math.isfinite(float(loss)):
+                    break
+        about = {"task": task.key, "method": method, "value": value, "seed": seed}
+        if self.kind == DECAYED:
+            return about | {"curve": curves[CONSTANT]}
+        for kind, curve in curves.items():
+            self.record.cells[self.key(method, value, seed, kind)] = about | {"curve": curve}
+        return self.record.cells[self.key(method, value, seed)]
+
+
+def ends(bench: Scheduled, chosen: Chosen) -> dict[str, Any]:
+    """The best baseline and DDPNOpt's settings: merit at the end, and steps to the baseline's end over its own."""
+    rival = bench.rival(chosen)
+    curves = {row: bench.curve(*chosen[row]) for row in (rival, *OURS)}
+    target, higher = curves[rival][-1][1], bench.task.higher
+    own = reached(curves[rival], target, higher)
+    rows = {}
+    for row in OURS:
+        steps = reached(curves[row], target, higher)
+        complete = bool(curves[row]) and curves[row][-1][0] == bench.task.steps
+        rows[row] = {"end": curves[row][-1][1] if complete else None, "steps": steps and steps / own}
+    return {"rival": f"{rival} {chosen[rival][1]:g}", "target": target, "rows": rows}
+
+
+def table(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Task]) -> str:
+    """The figures as a Markdown table, a line a task and kind."""
+    lines = []
+    for key, kinds in found.items():
+        for kind, figures in kinds.items():
+            line = [f"{key}, {about[key].unit}" if kind == CONSTANT else "", kind]
+            line += [f"{figures['rival']}: {figures['target']:.2f}"]
+            for row in OURS:
+                end, steps = (figures["rows"][row][k] for k in ("end", "steps"))
+                line += ["diverged" if end is None else f"{end:.2f}", "-" if steps is None else f"{steps:.2f}"]
+            lines.append(line)
+    header = ["task", "step size or weights", "best of momentum and Adam"]
+    header += ["DDPNOpt", "of the steps", EIGEN, "of the steps"]
+    return report.markdown(header, lines)
+
+
+def verdict(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Task]) -> list[str]:
+    """On how many tasks DDPNOpt's settings end ahead, and in at most 0.6 of the steps."""
+    pages = []
+    for row in OURS:
+        counts = []
+        for kind in KINDS:
+            figures = [(about[key].higher, kinds[kind]) for key, kinds in found.items()]
+            ahead = sum(
+                (end := f["rows"][row]["end"]) is not None and (end > f["target"] if higher else end < f["target"])
+                for higher, f in figures
+            )
+            few = sum((steps := f["rows"][row]["steps"]) is not None and steps <= 0.6 for _, f in figures)
+            counts.append(f"{kind} {ahead} and {few}")
+        what = f"{row}, of {len(found)} tasks ahead at the end, and there in 0.6 of the steps"
+        pages.append(f"{what}: {', '.join(counts)}.")
+    return pages
+
+
+def main() -> None:
+    """Run what is missing of the chosen tasks, write the page of all complete ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", help="folder of the .npz files (see ddpn_fx.data)")
+    parser.add_argument("--tasks", nargs="+", choices=[t.key for t in TASKS], default=[t.key for t in TASKS])
+    parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    ddpn_fx.keep_freed_memory()
+    record = Record(options.out)
+    with one_thread():
+        for task in TASKS:
+            for kind in KINDS if task.key in options.tasks else ():
+                Scheduled(task, options.data, record, kind).run(timed=False)
+    found: dict[str, dict[str, Any]] = {}
+    last = SEEDS - 1
+    for task in TASKS:
+        benches = [Scheduled(task, options.data, record, kind) for kind in KINDS]
+        if all(b.key(EIGEN, SETTINGS[EIGEN][0], last) in record.cells for b in benches):
+            found[task.key] = {b.kind: ends(b, b.run(timed=False)) for b in benches}
+    about = {task.key: task for task in TASKS}
+    record.write(tasks=found)
+    pages = [
+        "# With averaged weights, and with a step size that falls to 0",
+        f"Merit on the reported part at the end, means over {SEEDS} seeds; the part of the baseline's steps in which "
+        f"DDPNOpt reaches the baseline's end. Averaged: a moving average of the weights, {DECAY}. Decayed: the step "
+        "size falls linearly to 0, for all.",
+        table(found, about),
+        *verdict(found, about),
+        report.describe(report.environment()),
+    ]
+    options.out.with_suffix(".md").write_text("\n\n".join(pages) + "\n", encoding="utf-8")
+    print("\n\n".join(pages))
+
+
+if __name__ == "__main__":
+    main()
