@@ -43,6 +43,7 @@ from ddpn_fx.demo.timing import interleaved, peak_bytes
 Step = Callable[[Tensor, Tensor], Tensor]
 LR, LR_OF_PEERS = 0.01, 0.001
 RUN = 10  # steps in a row, as a training takes them
+TURNED: dict[str, Any] = {"preconditioner": "eigen-factored", "beta1": 0.9, "nesterov": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "nonlinear": {"rollout": "nonlinear"},
@@ -50,12 +51,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full": {"rank": None},
     "diagonal": {"preconditioner": "diagonal"},
     "factored": {"preconditioner": "factored"},
-    "eigen-factored": {"preconditioner": "eigen-factored", "beta1": 0.9},
+    "eigen-factored": TURNED,
     "kronecker": {"preconditioner": "kronecker"},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker"},
     "groups": {},  # what these three have beside comes from the command line
     "cg": {},
-    "eigen-factored-cg": {"preconditioner": "eigen-factored", "beta1": 0.9},
+    "eigen-factored-cg": TURNED,
     "open": {"feedback": False},
 }
 

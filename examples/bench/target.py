@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import compiled_baseline, muon, soap
+from step import TURNED, compiled_baseline, muon, soap
 from tasks import TASKS, Loaded, Task
 from torch import Tensor, nn
 
@@ -61,7 +61,6 @@ EIGEN_GROUPS = f"{EIGEN}, coupling 64"  # the same in groups
 EIGEN_CG = f"{EIGEN}, cg 5"  # the same by conjugate gradients, on large batches of what is not dear
 EIGEN_PLAIN = "eigen-factored, beta1 0.9, lr 0.01"  # without Nesterov's form
 EIGEN_QR = f"{EIGEN_PLAIN}, qr"  # the last with bases renewed as on a GPU
-TURNED: dict[str, Any] = {"preconditioner": EigenFactored(), "beta1": 0.9, "nesterov": True}
 ADAM_LIKE = Diagonal(decay=0.99, bias_correction=True, relative_eps=0.01)
 # DDPNOpt's settings; the row "tuned" chooses from all but the last two: name -> (lr, options).
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
