@@ -24,7 +24,7 @@ read -ra tasks <<<"${TASKS:-mnist-128 mnist-512 mnist-1024 mnist-cnn-64 cifar-cn
 common=(--device "$device" --mode reduce-overhead)
 steps=("$python" examples/bench/step.py "${common[@]}" --methods default eigen-factored --warm 12)
 targets=("$python" examples/bench/target.py "${common[@]}" --data "$folder" --trainings examples/results/bench/target.json
-  --rows DDPNOpt "eigen-factored, beta1 0.9, lr 0.01, qr" --tasks)
+  --rows DDPNOpt "eigen-factored, Nesterov 0.9, lr 0.01, qr" --tasks)
 
 echo "tests, and compilation beside them"
 timeout "$limit" "$python" -m pytest -m cuda tests/test_cuda.py -n "${JOBS:-10}" -p no:cacheprovider -p no:benchmark \
