@@ -57,8 +57,8 @@ class DDPNOpt(Optimizer):
         decoupled: weight decay as AdamW's.
         momentum: as ``torch.optim.SGD``'s, on the direction Gamma omega.
         beta1: Adam's bias-corrected average of the direction.
-        nesterov: Nesterov's form of momentum, ``torch.optim.SGD``'s, and of beta1's average, ``torch.optim.NAdam``'s with
-            weights that sum to 1 from the first step on: the average as it would be a step later, with the same
+        nesterov: Nesterov's form of momentum, ``torch.optim.SGD``'s, and of beta1's average, ``torch.optim.NAdam``'s
+            with weights that sum to 1 from the first step on: the average as it would be a step later, with the same
             direction. One of the two must be set.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
         cg_iterations: solve by so many conjugate gradients, without K and without per-sample gradients, for large

@@ -156,8 +156,8 @@ class Rollout:
         """du of one parameter: ``-eta M^-1 (Gamma omega + wd u)``, through momentum or beta1's average.
 
         The direction, and what is kept of it, is in the parameter's frame, where there is one.
-        As in torch.optim, beta1 averages what M^-1 then divides, and momentum what it has divided. Nesterov's form takes
-        the average as it would be a step later, with the same direction.
+        As in torch.optim, beta1 averages what M^-1 then divides, and momentum what it has divided. Nesterov's form
+        takes the average as it would be a step later, with the same direction.
         """
         g = self.group[name]
         value = self.trajectory.parameters.params[name]
