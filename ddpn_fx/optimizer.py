@@ -19,7 +19,15 @@ from ddpn_fx.faults import Faults
 from ddpn_fx.kept import Kept
 from ddpn_fx.last import Last, stage_figures
 from ddpn_fx.module import CompiledModule
-from ddpn_fx.options import GROUP_KEYS, check_arguments, check_group, check_loop, initial_groups, number
+from ddpn_fx.options import (
+    GROUP_KEYS,
+    check_arguments,
+    check_group,
+    check_loop,
+    check_nesterov,
+    initial_groups,
+    number,
+)
 from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
@@ -141,8 +149,7 @@ class DDPNOpt(Optimizer):
         if lr is None:
             lr = getattr(self._preconditioner, "default_lr", 1.0)
         super().__init__(initial_groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        if nesterov and not beta1 and not any(float(g["momentum"]) for g in self.param_groups):
-            raise ValueError("DDPNOpt: nesterov=True is a form of momentum or of beta1's average: set one of the two")
+        check_nesterov(nesterov, beta1, self.param_groups)
 
     @classmethod
     def paper(

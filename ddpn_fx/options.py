@@ -100,6 +100,12 @@ def check_group(group: Mapping[str, Any], beta1: Any) -> None:
         )
 
 
+def check_nesterov(nesterov: bool, beta1: Any, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check that there is an average for Nesterov's form to be of."""
+    if nesterov and not beta1 and not any(float(group["momentum"]) for group in groups):
+        raise ValueError("DDPNOpt: nesterov=True is a form of momentum or of beta1's average: set one of the two")
+
+
 def check_loop(gain: Any, trust: Any, tikhonov: Any, beta1: Any) -> None:
     """Check what can be changed between steps."""
     if not math.isfinite(number("gain", gain)):

@@ -14,14 +14,14 @@ Writes the trainings as JSON and a Markdown table: the reported merit at the end
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from target import DEFAULT, EIGEN, EVALUATIONS, SEEDS, SETTINGS, Bench, Chosen, Record, reached
+from target import DEFAULT, EIGEN, SEEDS, SETTINGS, Bench, Chosen, Record, reached
 from tasks import TASKS, Task
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -48,28 +48,28 @@ class Scheduled(Bench):
         return f"{super().key(method, value, seed)} | {kind or self.kind}"
 
     def _train(self, method: str, value: float, seed: int) -> dict[str, Any]:
-        task, loaded = self.task, self.loaded()
         step, model, optimizers = self.begin(method, value, seed)
+        if self.kind == DECAYED:
+            schedules = [LambdaLR(optimizer, lambda taken: 1 - taken / self.task.steps) for optimizer in optimizers]
+
+            def decayed(x: Tensor, y: Tensor) -> Tensor:
+                loss = step(x, y)
+                for schedule in schedules:
+                    schedule.step()
+                return loss
+
+            (found,) = self.follow(method, value, seed, decayed, model)
+            return found
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-        rate = (lambda taken: 1 - taken / task.steps) if self.kind == DECAYED else (lambda taken: 1.0)
-        schedules = [LambdaLR(optimizer, rate) for optimizer in optimizers]
-        curves: dict[str, list[list[float | None]]] = {CONSTANT: [], AVERAGED: []}
-        for taken, (x, y) in enumerate(loaded.batches(task.batch, task.steps, seed), start=1):
+
+        def averaged(x: Tensor, y: Tensor) -> Tensor:
             loss = step(x, y)
             average.update_parameters(model)
-            for schedule in schedules:
-                schedule.step()
-            if taken % max(1, task.steps // EVALUATIONS) == 0 or taken == task.steps:
-                curves[CONSTANT].append([taken, *self.merits(model)])
-                curves[AVERAGED].append([taken, *self.merits(average)])
-                if not math.isfinite(float(loss)):
-                    break
-        about = {"task": task.key, "method": method, "value": value, "seed": seed}
-        if self.kind == DECAYED:
-            return about | {"curve": curves[CONSTANT]}
-        for kind, curve in curves.items():
-            self.record.cells[self.key(method, value, seed, kind)] = about | {"curve": curve}
-        return self.record.cells[self.key(method, value, seed)]
+            return loss
+
+        both = dict(zip((CONSTANT, AVERAGED), self.follow(method, value, seed, averaged, model, average), strict=True))
+        self.record.cells |= {self.key(method, value, seed, kind): cell for kind, cell in both.items()}
+        return both[self.kind]
 
 
 def ends(bench: Scheduled, chosen: Chosen) -> dict[str, Any]:

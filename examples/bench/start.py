@@ -63,7 +63,7 @@ def _processor_seconds() -> float:
 
 
 def measure(model: str, chosen: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
-    """Both starts of both methods on one model: method -> start -> figures."""
+    """Both starts of each method on one model: method -> start -> figures."""
     methods = ["SGD", *chosen.methods]
     found: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in methods}
     with tempfile.TemporaryDirectory() as folder:

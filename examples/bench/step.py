@@ -54,9 +54,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eigen-factored": TURNED,
     "kronecker": {"preconditioner": "kronecker"},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker"},
-    "groups": {},  # what these three have beside comes from the command line
-    "cg": {},
-    "eigen-factored-cg": TURNED,
+    "groups": {"coupling": 64},  # the numbers of these three may come from the command line
+    "cg": {"cg_iterations": 5},
+    "eigen-factored-cg": TURNED | {"cg_iterations": 5},
     "open": {"feedback": False},
 }
 
@@ -252,11 +252,8 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
         if method in PEERS:
             made = plain(method, problem, chosen)
         else:
-            options = dict(OPTIONS[method])
-            if method == "groups":
-                options["coupling"] = chosen.coupling
-            elif method.endswith("cg"):
-                options["cg_iterations"] = chosen.iterations
+            given = {"coupling": chosen.coupling, "cg_iterations": chosen.iterations}
+            options = {k: given.get(k, v) for k, v in OPTIONS[method].items()}
             made = ddpnopt(options, problem, chosen)
         contestants[method] = made
     for contestant in contestants.values():

@@ -173,16 +173,25 @@ class Bench:
         return f"{self.task.key} | {self.task.steps} steps | {method} | {value:g} | seed {seed}"
 
     def _train(self, method: str, value: float, seed: int) -> dict[str, Any]:
-        task, loaded = self.task, self.loaded()
         step, model, _ = self.begin(method, value, seed)
-        curve: list[list[float | None]] = []
-        for taken, (x, y) in enumerate(loaded.batches(task.batch, task.steps, seed), start=1):
+        (found,) = self.follow(method, value, seed, step, model)
+        return found
+
+    def follow(
+        self, method: str, value: float, seed: int, step: Callable[..., Tensor], *models: nn.Module
+    ) -> list[dict[str, Any]]:
+        """Take the steps of a training: for each of the models its merit on both held-out parts, as it goes."""
+        task = self.task
+        curves: list[list[list[float | None]]] = [[] for _ in models]
+        for taken, (x, y) in enumerate(self.loaded().batches(task.batch, task.steps, seed), start=1):
             loss = step(x, y)
             if taken % max(1, task.steps // EVALUATIONS) == 0 or taken == task.steps:
-                curve.append([taken, *self.merits(model)])
+                for curve, model in zip(curves, models, strict=True):
+                    curve.append([taken, *self.merits(model)])
                 if not math.isfinite(float(loss)):
                     break
-        return {"task": task.key, "method": method, "value": value, "seed": seed, "curve": curve}
+        about = {"task": task.key, "method": method, "value": value, "seed": seed}
+        return [about | {"curve": curve} for curve in curves]
 
     def begin(
         self, method: str, value: float, seed: int
