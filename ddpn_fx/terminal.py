@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpn_fx.passes.eigen import eigh
 from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.loss import Phi
 from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, Factors, TerminalFactor
@@ -269,9 +270,7 @@ class Exact:
 
         Columns of neither curvature nor gradient are 0: S spans what the loss moves along (for tikhonov).
         """
-        hessian = phi.hessian()
-        finite = hessian.isfinite().all()
-        values, vectors = torch.linalg.eigh(torch.where(finite, hessian, torch.zeros_like(hessian)))
+        values, vectors = eigh(phi.hessian())
         scale = values.abs().amax(1, keepdim=True)
         curved = values > 1e-6 * scale
         clamps = (values < -1e-4 * scale).sum()
@@ -284,7 +283,7 @@ class Exact:
         columns = (vectors * torch.where(curved, root, torch.zeros_like(root))[:, None, :]).mT
         columns = columns + free[..., None] * outside[:, None, :]
         beta = torch.where(curved, along / root, free)
-        beta = torch.where(finite, beta, torch.full_like(beta, torch.nan))
+        beta = torch.where(values.isnan(), values, beta)  # of a Hessian that is not finite
         return Factors(columns, beta, curved.to(beta.dtype), clamps=clamps, fault=_mixing_fault(phi))
 
 

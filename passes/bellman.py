@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpn_fx.passes.eigen import eigh
 from ddpn_fx.passes.rules import Blocks
 
 
@@ -174,7 +175,7 @@ class PreconditionerRow(Row):
         b, root = self.b, self.root
         matrix = root @ root.mT
         policy = Policy(b, matrix)
-        values, vectors = _eigh(root.mT @ gram @ root)
+        values, vectors = eigh(root.mT @ gram @ root)
         self.clamps = self.clamps + (values > 1).sum()
         damp = 1.0 / values.clamp(min=1.0)
         left = root @ vectors
@@ -185,7 +186,7 @@ class PreconditionerRow(Row):
 
     def regularize(self, term: Tensor) -> None:
         """By the root of the sum."""
-        values, vectors = _eigh(self.root @ self.root.mT + term)
+        values, vectors = eigh(self.root @ self.root.mT + term)
         self.root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
 
 
@@ -222,23 +223,15 @@ def projection(z: Tensor, blocks: Blocks) -> Tensor:
             gram > 0, 1.0 / torch.where(gram > 0, gram, torch.ones_like(gram)), torch.zeros_like(gram)
         )
     else:
-        finite = gram.isfinite().all()
         rtol = 1e-9 if gram.dtype == torch.float64 else 1e-5
-        inverse = torch.linalg.pinv(torch.where(finite, gram, torch.zeros_like(gram)), rtol=rtol, hermitian=True)
-        inverse = torch.where(finite, inverse, torch.full_like(inverse, torch.nan))
+        values, vectors = eigh(gram)
+        nothing = values <= rtol * values.amax(-1, keepdim=True)
+        reciprocal = torch.where(nothing, torch.zeros_like(values), 1.0 / values)
+        inverse = vectors * reciprocal[..., None, :] @ vectors.mT
     own = blocks.split(inverse)  # (G, g, R, R)
     same = torch.eye(blocks.group, dtype=own.dtype, device=own.device)
     spread = own[:, :, :, None, :] * same[:, None, :, None]
     return spread.reshape(blocks.count, blocks.size, blocks.size)
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors; a matrix of one entry, or one that is not finite, needs no solver."""
-    if matrix.shape[-1] == 1:
-        return matrix[..., 0], torch.ones_like(matrix)
-    finite = matrix.isfinite().all()
-    values, vectors = torch.linalg.eigh(torch.where(finite, matrix, torch.zeros_like(matrix)))
-    return torch.where(finite, values, torch.full_like(values, torch.nan)), vectors
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:

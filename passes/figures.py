@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ddpn_fx.passes import bellman
 from ddpn_fx.passes.backward import Linearization
+from ddpn_fx.passes.eigen import eigvalsh
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.mode import Hyper, Mode
 from ddpn_fx.passes.provenance import origin
@@ -175,11 +176,5 @@ def _spectrum(gram: Tensor, root: Tensor) -> list[Tensor]:
     On CUDA torch's eigenvalues wait for the device; a recorder asks for figures in the very step that it reads.
     """
     matrix = root[..., :, None] * gram * root[..., None, :]
-    if matrix.shape[-1] == 1:
-        values = matrix[..., 0]
-    else:
-        finite = matrix.isfinite().all()
-        values = torch.linalg.eigvalsh(torch.where(finite, matrix, torch.zeros_like(matrix)))
-        values = torch.where(finite, values, torch.full_like(values, torch.nan))
-    values = values.clamp(min=0.0)
+    values = eigvalsh(matrix).clamp(min=0.0)
     return [values.sum(), values.amax(), (values / (1.0 + values)).sum()]

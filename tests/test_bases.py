@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+import ddpn_fx
 from ddpn_fx.preconditioners import EigenFactored, Site, rotated
 from ddpn_fx.preconditioners.bases import eigenbases, iterated, orthonormal
 from tests.harness import close
@@ -134,3 +137,19 @@ def test_parameters_are_renewed_together_as_one_by_one(solver):
         for slot, t in states[n].items():
             close(t, singly[n][slot], 1e-9, f"{n}, {slot}")
     assert not torch.equal(states["a"]["basis0"], states["a"]["basis1"])
+
+
+def test_inputs_that_are_always_zero_stop_no_training():
+    """Where torch's own eigendecomposition in float32 was seen to fail."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 3))
+    opt = ddpn_fx.DDPNOpt(
+        ddpn_fx.compile(model, loss=F.mse_loss, backend="eager"), preconditioner=EigenFactored(refresh_every=1)
+    )
+    size = torch.where(torch.rand(128) < 0.7, 0.0, 10 ** (-16 * torch.rand(128)))
+    losses = []
+    for _ in range(20):
+        x = torch.randn(4, 128) * size
+        losses.append(opt.train_step(x, x[:, :3] * 5 + 1))
+        assert opt.stats["skipped"] == 0
+    assert losses[-1] < 0.1 * losses[0]

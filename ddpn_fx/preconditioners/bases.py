@@ -13,16 +13,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpn_fx.passes.eigen import eigh
+
 # Of the mean moment: a direction without moments stays one. Its square is what the Gram of the columns has left there,
 # and must be well above float64's rounding.
 _RIDGE = 1e-6
 
 
 def eigenbases(second: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors as columns, and S in them. A matrix that is not finite keeps its basis. The host waits."""
+    """Eigenvectors as columns, and S in them. A matrix that is not finite keeps its basis. The host waits.
+
+    Where the solver gives up, float64 is asked; where that gives up too, all keep their basis: an error would end a
+    training, and a basis of nan would have every later step skipped.
+    """
     finite, eye = _finite(second), _eye(second)
-    values, vectors = torch.linalg.eigh(torch.where(finite, second, eye))
+    given = torch.where(finite, second, eye)
+    found = _solved(given) or _solved(given.double())
+    if found is None:
+        return eye.repeat(len(second), 1, 1), second
+    values, vectors = (t.to(second.dtype) for t in found)
     return torch.where(finite, vectors, eye), torch.where(finite, values.diag_embed(), second)
+
+
+def _solved(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues and eigenvectors; None where the solver gives up, or gives what is no orthonormal basis."""
+    try:
+        values, vectors = eigh(matrices)
+    except torch.linalg.LinAlgError:
+        return None
+    worst = (vectors.mT @ vectors - _eye(vectors)).abs().amax()
+    return (values, vectors) if bool(worst < 1e-3) else None
 
 
 def iterated(second: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
 from ddpn_fx.passes.turned import Turned, turn_both
 from ddpn_fx.preconditioners.base import Base, Elementwise
+from ddpn_fx.preconditioners.bases import eigenbases
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class EigenKronecker(Base):
         for slot in ("UG", "UA", "UF"):
             factor = state.get(slot[1:])
             if slot in state and factor is not None and bool(factor.isfinite().all()):
-                fresh = torch.linalg.eigh(factor)[1]
+                fresh = eigenbases(factor.reshape(-1, *factor.shape[-2:]))[0].reshape(factor.shape)
                 turns[slot] = (fresh.mT @ state[slot]) ** 2
                 state[slot].copy_(fresh)
         s = state.get("s")
