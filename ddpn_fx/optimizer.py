@@ -27,6 +27,7 @@ from ddpn_fx.options import (
     check_nesterov,
     initial_groups,
     number,
+    of_the_metric,
 )
 from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.ir import Chain
@@ -64,10 +65,12 @@ class DDPNOpt(Optimizer):
         weight_decay: l_t = wd/2 |u|^2, in the recursion; or beside it with ``decoupled``.
         decoupled: weight decay as AdamW's.
         momentum: as ``torch.optim.SGD``'s, on the direction Gamma omega.
-        beta1: Adam's bias-corrected average of the direction.
+        beta1: Adam's bias-corrected average of the direction. None: the metric's own, 0.9 in ``"eigen-factored"`` and 0
+            in the others; 0 where there is momentum.
         nesterov: Nesterov's form of momentum, ``torch.optim.SGD``'s, and of beta1's average, ``torch.optim.NAdam``'s
             with weights that sum to 1 from the first step on: the average as it would be a step later, with the same
-            direction. One of the two must be set.
+            direction. One of the two must be set. None: the metric's own, True in ``"eigen-factored"`` with a beta1 and
+            False in the others.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
         cg_iterations: solve by so many conjugate gradients, without K and without per-sample gradients, for large
             batches; None: dense. For the one system of the defaults: coupling ``"batch"``, ``quu`` and ``rollout`` as
@@ -109,8 +112,8 @@ class DDPNOpt(Optimizer):
         weight_decay: float = 0.0,
         decoupled: bool = False,
         momentum: float = 0.0,
-        beta1: float = 0.0,
-        nesterov: bool = False,
+        beta1: float | None = None,
+        nesterov: bool | None = None,
         tikhonov: float = 0.0,
         cg_iterations: int | None = None,
     ) -> None:
@@ -131,6 +134,8 @@ class DDPNOpt(Optimizer):
             terminal, rank=rank, curvature=curvature, loss_floor=number("loss_floor", loss_floor)
         )
         self.net = net
+        groups = initial_groups(net, params)
+        lr, beta1, nesterov = of_the_metric(self._preconditioner, lr, beta1, nesterov, momentum, groups)
         self.coupling, self.quu, self.rollout = coupling, quu, rollout
         self.feedback, self.decoupled, self.beta1, self.nesterov = feedback, decoupled, beta1, nesterov
         self.gain, self.trust, self.tikhonov, self.cg_iterations = gain, trust, tikhonov, cg_iterations
@@ -146,9 +151,7 @@ class DDPNOpt(Optimizer):
         self._faults = Faults()
         self._fold_allowed = not isinstance(gain, Tensor)
         refuse_iterations(self)
-        if lr is None:
-            lr = getattr(self._preconditioner, "default_lr", 1.0)
-        super().__init__(initial_groups(net, params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         check_nesterov(nesterov, beta1, self.param_groups)
 
     @classmethod
@@ -176,7 +179,7 @@ class DDPNOpt(Optimizer):
         if isinstance(preconditioner, str):
             preconditioner = preconditioners.make(preconditioner, moments="value") or "identity"
         literal = {"terminal": "gradient", "coupling": "sample", "quu": "preconditioner", "rollout": "nonlinear"}
-        return cls(net, lr, preconditioner=preconditioner, **{**literal, **options})
+        return cls(net, lr, preconditioner=preconditioner, **{**literal, "beta1": 0.0, **options})
 
     @property
     def preconditioner(self) -> Preconditioner | None:

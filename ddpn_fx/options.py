@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpn_fx.module import CompiledModule
+from ddpn_fx.passes.metric import Preconditioner
 
 GROUP_KEYS = ("lr", "weight_decay", "momentum")
 
@@ -47,7 +48,9 @@ def check_arguments(
             f"DDPNOpt: cg_iterations={cg_iterations!r} must be a positive number of iterations, "
             "or None for the dense solve"
         )
-    for name, flag in (("feedback", feedback), ("decoupled", decoupled), ("nesterov", nesterov)):
+    if nesterov is not None and not isinstance(nesterov, bool):
+        raise ValueError(f"DDPNOpt: nesterov={nesterov!r} must be True or False, or None for the metric's own")
+    for name, flag in (("feedback", feedback), ("decoupled", decoupled)):
         if not isinstance(flag, bool):
             raise ValueError(f"DDPNOpt: {name}={flag!r} must be True or False")
     for name, value in (("curvature", curvature), ("loss_floor", loss_floor)):
@@ -85,6 +88,26 @@ def initial_groups(net: CompiledModule, params: Iterable[Any] | None) -> list[An
                 f"not of {type(group).__name__} ({group!r})"
             )
     return groups
+
+
+def of_the_metric(
+    preconditioner: Preconditioner | None,
+    lr: Any,
+    beta1: Any,
+    nesterov: bool | None,
+    momentum: Any,
+    groups: Iterable[Any],
+) -> tuple[Any, Any, bool]:
+    """lr, beta1 and nesterov, the metric's own in the place of None."""
+    if lr is None:
+        lr = getattr(preconditioner, "default_lr", 1.0)
+    if beta1 is None:
+        momenta = [momentum, *(g.get("momentum", 0.0) for g in groups if isinstance(g, Mapping))]
+        given = any(number("momentum", value) for value in momenta)
+        beta1 = 0.0 if given else getattr(preconditioner, "default_beta1", 0.0)
+    if nesterov is None:
+        nesterov = bool(beta1) and getattr(preconditioner, "default_nesterov", False)
+    return lr, beta1, nesterov
 
 
 def check_group(group: Mapping[str, Any], beta1: Any) -> None:

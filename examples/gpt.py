@@ -99,8 +99,9 @@ def methods() -> Iterator[Method]:
     for lr in (1e-2, 2e-2):
         yield Method("DDPNOpt, factored, beta1 0.9", lr, controlled(preconditioner=Factored(), beta1=0.9))
     for lr in (3e-3, 1e-2, 3e-2):
-        yield Method("DDPNOpt, eigen-factored, beta1 0.9", lr, controlled(preconditioner=EigenFactored(), beta1=0.9))
-        yield Method(TURNED, lr, controlled(preconditioner=EigenFactored(), beta1=0.9, nesterov=True))
+        turned = EigenFactored()
+        yield Method("DDPNOpt, eigen-factored, beta1 0.9", lr, controlled(preconditioner=turned, nesterov=False))
+        yield Method(TURNED, lr, controlled(preconditioner=turned))
 
 
 def train(

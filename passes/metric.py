@@ -135,7 +135,8 @@ class Preconditioner(Protocol):
     the averages of momentum and beta1 are (:mod:`ddpn_fx.passes.frame`); ``refresh`` then turns these averages as well.
     It may have ``refresh_all(members, step)``, which takes the place of ``refresh``: of all parameters at once, each a
     (site, state), so that what is alike is worked out together.
-    It may say ``default_lr``, the step size of ``DDPNOpt(lr=None)``; 1.0 where it does not.
+    It may say ``default_lr``, ``default_beta1`` and ``default_nesterov``, DDPNOpt's where it is given None; else they
+    are 1.0, 0.0 and False.
     ``moments``: ``"gradient"``: from Gamma b_T; ``"value"``: from V of the recursion, Gamma b_{t+1} (the paper).
     """
 

@@ -120,7 +120,7 @@ OPTIONS = [
     ({"beta1": "a"}, r"beta1='a' must be"),
     ({"beta1": 0.9, "momentum": 0.9}, r"momentum and beta1 both average the direction; set one"),
     ({"nesterov": True}, r"nesterov=True is a form of momentum or of beta1's average: set one"),
-    ({"nesterov": 1, "beta1": 0.9}, r"nesterov=1 must be True or False"),
+    ({"nesterov": 1, "beta1": 0.9}, r"nesterov=1 must be True or False, or None for the metric's own"),
     ({"trust": 0.0}, r"trust=0.0 must be positive, or None"),
     ({"trust": -1.0}, r"trust=-1.0 must be positive, or None"),
     ({"trust": math.nan}, r"trust=nan must be positive, or None"),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddpn_fx
+from ddpn_fx.passes.mode import AVERAGES
 from ddpn_fx.passes.rules.embedding import Embedding
 from ddpn_fx.passes.turned import Turned
 from ddpn_fx.preconditioners import Diagonal, EigenFactored, EigenKronecker, Factored, Kronecker
@@ -204,6 +205,7 @@ def compare(name, preconditioner, settings, steps=3, tolerance=1e-8, backend=Non
     options = {"disable": True} if backend is None else {"backend": backend}
     net = ddpn_fx.compile(copy.deepcopy(module), loss=model_case.loss.call, **options)
     given = {k: v for k, v in vars(settings).items() if v != getattr(oracle.Settings(), k)}
+    given |= {"beta1": settings.beta1, "nesterov": settings.nesterov}  # else the metric's own
     opt = ddpn_fx.DDPNOpt(net, preconditioner=preconditioner, **given)
     params = {n: p.detach().clone() for n, p in module.named_parameters()}
     decay = 0.0 if settings.decoupled else settings.weight_decay
@@ -447,7 +449,7 @@ def test_eigen_factored_of_grouped_convolutions_embeddings_and_positions():
     model, inputs, target = layers()
     p = EigenFactored(decay=0.9, relative_eps=0.1, basis_decay=0.8)
     opt = ddpn_fx.DDPNOpt(
-        ddpn_fx.compile(model, loss=F.cross_entropy, disable=True), lr=0.03, preconditioner=p, feedback=False
+        ddpn_fx.compile(model, loss=F.cross_entropy, disable=True), lr=0.03, preconditioner=p, feedback=False, beta1=0
     )
     bases, averages = {}, {}
     for step in (1, 2):
@@ -487,7 +489,7 @@ def test_eigen_factored_without_bases_is_factored(name):
     ends = []
     for p in (EigenFactored(max_size=0, decay=0.9), Factored(decay=0.9)):
         net = ddpn_fx.compile(model_case.model(), loss=model_case.loss.call, disable=True)
-        opt = ddpn_fx.DDPNOpt(net, lr=0.01, preconditioner=p, beta1=0.9)
+        opt = ddpn_fx.DDPNOpt(net, lr=0.01, preconditioner=p, beta1=0.9, nesterov=True)
         for _ in range(3):
             opt.train_step(inputs, target)
         ends.append(list(net.parameters()))
@@ -765,7 +767,9 @@ def test_state_is_saved_and_loaded(kind):
     for a, b in zip(through.net.parameters(), loaded.net.parameters(), strict=True):
         assert torch.equal(a, b)
     slots = {k: v for kept in loaded.state.values() for k, v in kept.items()}
+    averages = {k: slots.pop(k) for k in AVERAGES if k in slots}  # as torch's, in the parameter's
     assert slots
+    assert bool(averages) == (kind == "eigen-factored")
     assert all(v.dtype == torch.float32 for v in slots.values())
 
 
@@ -830,6 +834,28 @@ def test_the_step_size_is_the_metric_s_own_where_none_is_given(given, lr):
     opt = ddpn_fx.DDPNOpt(net, preconditioner=given, params=groups)
     assert [g["lr"] for g in opt.param_groups] == [lr, 0.3]
     assert ddpn_fx.DDPNOpt(net, 0.2, preconditioner=given).param_groups[0]["lr"] == 0.2
+
+
+def test_the_average_is_the_metric_s_own_where_none_is_given():
+    net = ddpn_fx.compile(nn.Linear(2, 2), loss=F.cross_entropy)
+
+    def chosen(**options):
+        opt = ddpn_fx.DDPNOpt(net, **options)
+        return opt.beta1, opt.nesterov
+
+    for plain in ("identity", "diagonal", "factored", "kronecker", "eigen-kronecker", Halved()):
+        assert chosen(preconditioner=plain) == (0.0, False)
+    for turned in ("eigen-factored", EigenFactored(decay=0.9)):
+        assert chosen(preconditioner=turned) == (0.9, True)
+        assert chosen(preconditioner=turned, beta1=0.5) == (0.5, True)
+        assert chosen(preconditioner=turned, nesterov=False) == (0.9, False)
+        assert chosen(preconditioner=turned, beta1=0) == (0, False)
+        assert chosen(preconditioner=turned, momentum=0.9) == (0.0, False)
+        group = {"params": [net.get_parameter("bias")], "momentum": 0.9}
+        assert chosen(preconditioner=turned, params=[group]) == (0.0, False)
+        opt = ddpn_fx.DDPNOpt.paper(net, 0.1, preconditioner=turned)
+        assert (opt.beta1, opt.nesterov) == (0.0, False)
+        assert ddpn_fx.DDPNOpt.paper(net, 0.1, preconditioner=turned, beta1=0.9).beta1 == 0.9
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 Each is a small frozen object; a name stands for one with its defaults (``preconditioner="diagonal"``).
 With ``feedback=False`` they are the plain methods: ``Diagonal`` is ``torch.optim.RMSprop``,
-``Kronecker`` KFAC, ``EigenKronecker`` EKFAC. ``EigenFactored``, with ``beta1=0.9`` and ``nesterov=True``, is the one
-that serves all tasks that were tried (docs/notes.md). Moments are kept in float32, or float64 for a float64 model.
+``Kronecker`` KFAC, ``EigenKronecker`` EKFAC. ``EigenFactored`` is the one that serves all tasks that were tried
+(docs/notes.md). Moments are kept in float32, or float64 for a float64 model.
 
 Notation: d is Q_u of a parameter, weight decay included; O and I are the rows and columns of the
 parameter as a matrix, its first dimension against the others; S groups.

@@ -14,9 +14,11 @@ MOMENTS = ("gradient", "value")
 
 @dataclass(frozen=True)
 class Base:
-    """What all have: ``moments``, no work beside the step, and the step size of ``DDPNOpt(lr=None)``."""
+    """What all have: ``moments``, no work beside the step, and DDPNOpt's lr, beta1 and nesterov where they are None."""
 
     default_lr: ClassVar[float] = 1.0
+    default_beta1: ClassVar[float] = 0.0
+    default_nesterov: ClassVar[bool] = False
 
     @property
     def moments(self) -> str:

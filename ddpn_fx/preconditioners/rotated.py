@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,9 +60,13 @@ class EigenFactored(Factored):
         decay: of the moving averages of the squares; shorter than :class:`Factored`'s, as the bases move.
         eps: as :class:`Factored`'s, as ``relative_eps``, ``bias_correction`` and ``moments``.
 
-    Equivalent to :class:`Factored` of the same ``decay`` with ``max_size=0``.
+    ``DDPNOpt`` averages directions beside it, with beta1 0.9 in Nesterov's form, where it is not told otherwise.
+
+    Equivalent to :class:`Factored` of the same ``decay``, and of the same averages, with ``max_size=0``.
     """
 
+    default_beta1: ClassVar[float] = 0.9
+    default_nesterov: ClassVar[bool] = True
     decay: float = 0.95
     basis_decay: float = 0.95
     refresh_every: int = 10

@@ -43,7 +43,7 @@ from ddpn_fx.demo.timing import interleaved, peak_bytes
 Step = Callable[[Tensor, Tensor], Tensor]
 LR, LR_OF_PEERS = 0.01, 0.001
 RUN = 10  # steps in a row, as a training takes them
-TURNED: dict[str, Any] = {"preconditioner": "eigen-factored", "beta1": 0.9, "nesterov": True}
+TURNED: dict[str, Any] = {"preconditioner": "eigen-factored"}  # with its own averages: beta1 0.9, Nesterov's form
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "nonlinear": {"rollout": "nonlinear"},

@@ -76,7 +76,7 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     "factored, beta1 0.9, lr 0.01": (0.01, {"preconditioner": Factored(), "beta1": 0.9}),
     "diagonal, beta1 0.9, lr 0.01": (0.01, {"preconditioner": ADAM_LIKE, "beta1": 0.9}),
     EIGEN_QR: (0.01, TURNED | {"preconditioner": EigenFactored(solver="qr")}),
-    EIGEN_PLAIN: (0.01, {"preconditioner": EigenFactored(), "beta1": 0.9}),
+    EIGEN_PLAIN: (0.01, TURNED | {"nesterov": False}),
 }
 
 
