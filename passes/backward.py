@@ -4,7 +4,9 @@ Batch statistics (a batch norm in training mode) are held while the columns are 
 sample's column sees its own sample alone, and Z, K, b, C and y are those of a chain whose samples
 do not mix. The contraction ``Gamma omega`` of such a chain is the exact gradient *through* the
 statistics, one more pullback of the weighted seed (:func:`exact`): so the update keeps what a
-batch norm makes invariant, and the open loop is the plain gradient (DESIGN 2.4).
+batch norm makes invariant, and the open loop is the plain gradient (DESIGN 2.4). A metric belongs
+to K, so its Q_u is held too: of a bias before a batch norm the exact one is rounding, and over its
+square root K would promise from that bias all that the batch has to lose, and leave nothing to do.
 """
 
 from __future__ import annotations
@@ -196,7 +198,6 @@ class _Recursion:
         self.params = trajectory.parameters.params
         self.sites = {} if mode.preconditioner is None else sites(chain, self.params)
         self.group = dict(mode.group)
-        self._exact: tuple[Tensor, Gammas] | None = None
         self._gradient: dict[str, Tensor] = {}  # Gamma b_T, for conjugate gradients in a metric
 
     def open_loop(self, pulled: Iterator[Stage]) -> None:
@@ -263,8 +264,8 @@ class _Recursion:
                 linear.frames[gamma.name] = frame
                 blocks = linear.blocks if self.mode.feedback and self.mode.forms_grams else None
                 linear.gammas.include(FramedGamma(gamma, frame, self.sites[gamma.name], blocks))
-        for gamma, whole in self._with_directions(stage, b):
-            name = gamma.name
+        for gamma in linear.gammas.of(self.controls[stage.index]):
+            name, whole = gamma.name, self._direction(gamma, b)
             with origin({"role": "metric", "stage": stage.index, "module_path": name}):
                 direction = whole if name in linear.frames else whole.to(self.params[name].dtype)
                 if self._decays(name):
@@ -274,24 +275,14 @@ class _Recursion:
                 linear.metrics[name], new = preconditioner.metric(moment, slots_of(name, self.state))
                 linear.metric_state.update({state_key(slot, name): t for slot, t in new.items()})
 
-    def _with_directions(self, stage: Stage, b: Tensor) -> Iterator[tuple[Gamma, Tensor]]:
-        """Each parameter's Gamma with Gamma b, through the batch statistics where there are any."""
-        linear, names = self.linear, self.controls[stage.index]
-        if not (self.chain.has_statistics and self.mode.feedback):
-            for gamma in linear.gammas.of(names):
-                if self.mode.feedback and self.mode.forms_grams:
-                    gamma.form(linear.blocks)
-                whole = gamma.contract(b)
-                if self.mode.iterations is not None:
-                    self._gradient[gamma.name] = whole
-                yield gamma, whole
-            return
-        if self._exact is None or self._exact[0] is not b:
-            assert self.mode.preconditioner is not None
-            first = 0 if self.mode.preconditioner.moments == "gradient" else stage.index
-            self._exact = b, exact(self.chain, self.trajectory, linear, b, first)
-        for gamma, through in zip(linear.gammas.of(names), self._exact[1].of(names), strict=True):
-            yield gamma, linear.framed(gamma.name, through.contract(torch.ones_like(b[:, :1])))
+    def _direction(self, gamma: Gamma, b: Tensor) -> Tensor:
+        """Gamma b."""
+        if self.mode.feedback and self.mode.forms_grams:
+            gamma.form(self.linear.blocks)
+        direction = gamma.contract(b)
+        if self.mode.iterations is not None:
+            self._gradient[gamma.name] = direction
+        return direction
 
     def _gram(self, stage: Stage) -> Tensor:
         """eta K_t of one stage."""

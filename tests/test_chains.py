@@ -7,6 +7,7 @@ the compiler (`tests/random_nets.py`), so that equality in a nonlinear rollout s
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -240,8 +241,13 @@ class Held(nn.Module):
         return F.batch_norm(x, mean, var, self.norm.weight, self.norm.bias, False, 0.0, self.norm.eps)
 
 
-def held_step(model: nn.Module, x: Tensor, y: Tensor, mode: Settings) -> tuple[dict[str, Tensor], Tensor]:
-    """New parameters and running mean by DESIGN 2.4: K with the statistics held, the contraction through them."""
+def held_step(
+    model: nn.Module, x: Tensor, y: Tensor, mode: Settings, metric: Callable[[Tensor], Tensor] = torch.ones_like
+) -> tuple[dict[str, Tensor], Tensor]:
+    """New parameters and running mean by DESIGN 2.4: K with the statistics held, the contraction through them.
+
+    metric: the diagonal of M from Gamma b.
+    """
     eager = copy.deepcopy(model)
     leaves = list(eager.parameters())
     x_T = eager(x)
@@ -257,10 +263,13 @@ def held_step(model: nn.Module, x: Tensor, y: Tensor, mode: Settings) -> tuple[d
     rows = [torch.cat([g.flatten() for g in torch.autograd.grad(s, leaves, retain_graph=True)]) for s in columns(held)]
     Gamma = torch.stack(rows)
     w = terminal.w.repeat_interleave(r)
-    system = torch.eye(len(w), dtype=torch.float64) + w[:, None] * (mode.lr * Gamma @ Gamma.T)
+    M = metric(Gamma.T @ (w * terminal.beta.flatten()))
+    system = torch.eye(len(w), dtype=torch.float64) + w[:, None] * (mode.lr * Gamma / M @ Gamma.T)
     omega = torch.linalg.solve(system, w * terminal.beta.flatten())
     exact = torch.autograd.grad((torch.stack(columns(x_T)) * omega).sum(), leaves)
-    return {n: p - mode.lr * g for (n, p), g in zip(weights(model).items(), exact, strict=True)}, running
+    scales = [m.view_as(p) for m, p in zip(M.split([p.numel() for p in leaves]), leaves, strict=True)]
+    changed = zip(weights(model).items(), exact, scales, strict=True)
+    return {n: p - mode.lr * g / m for (n, p), g, m in changed}, running
 
 
 @pytest.mark.parametrize("spatial", [False, True], ids=["features", "channels"])
@@ -285,6 +294,17 @@ def test_batch_norm_holds_its_statistics_for_K_and_not_for_the_contraction(spati
     gradients = torch.autograd.grad(F.cross_entropy(eager(x), y), list(eager.parameters()))
     step_of(net, x, y, Settings(feedback=False, lr=0.1))
     same_change(model, before, {n: before[n] - 0.1 * g for n, g in zip(before, gradients, strict=True)})
+
+
+def test_a_metric_of_a_batch_norm_s_chain_is_made_with_the_statistics_held():
+    """Of the bias that the norm takes away the exact direction is rounding, and K over its root would hold all else."""
+    model = Normed(spatial=False).double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(3, (5,))
+    net, before = compiled(model, x, y), weights(model)
+    want, _ = held_step(model, x, y, Settings(lr=0.05), lambda d: 0.1 * d.abs() + 1e-8)
+    ddpn_fx.DDPNOpt(net, lr=0.05, preconditioner="diagonal").train_step(x, y)
+    assert (weights(model)["stem.bias"] - before.pop("stem.bias")).abs().max() < 1e-12
+    same_change(model, before, {name: want[name] for name in before})
 
 
 class Positional(nn.Module):
