@@ -39,10 +39,15 @@ TURNED = "DDPNOpt, eigen-factored, Nesterov 0.9"
 CLAIMED = (*(f"DDPNOpt, {kind}, beta1 0.9" for kind in ("diagonal", "factored", "eigen-factored")), TURNED)
 
 
-def text() -> tuple[Tensor, Tensor, int]:
-    """(training codes, validation codes, size of the alphabet): the modules of the standard library by name."""
+def library() -> str:
+    """The source of the standard library's modules, by name."""
     folder = Path(sysconfig.get_path("stdlib"))
-    source = "".join(p.read_text(encoding="utf-8", errors="ignore") for p in sorted(folder.glob("*.py")))[:CHARACTERS]
+    return "".join(p.read_text(encoding="utf-8", errors="ignore") for p in sorted(folder.glob("*.py")))[:CHARACTERS]
+
+
+def text() -> tuple[Tensor, Tensor, int]:
+    """(training codes, validation codes, size of the alphabet): characters."""
+    source = library()
     alphabet = sorted(c for c in set(source) if c.isascii())
     code = {c: i for i, c in enumerate(alphabet)}
     codes = torch.tensor([code[c] for c in source if c in code])

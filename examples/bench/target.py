@@ -212,10 +212,12 @@ class Bench:
     def merits(self, model: nn.Module) -> list[float | None]:
         """On the part that chooses and on the one that is reported; None where it is not finite."""
         found = []
+        model.eval()
         for x, y in self.loaded().held_out:
             with torch.no_grad():
                 output = torch.cat([model(part) for part in x.split(500)])
             found.append(self.loaded().merit(output, y))
+        model.train()
         return [m if math.isfinite(m) else None for m in found]
 
     def run(self, *, timed: bool = True) -> Chosen:

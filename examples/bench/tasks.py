@@ -5,7 +5,9 @@ Held-out data are two parts: the first chooses step sizes, the second is reporte
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +21,9 @@ from ddpn_fx.data import load
 from ddpn_fx.demo import relu_network
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpt import BLOCKS, HEADS, POSITIONS, WIDTH, draw, text
+from gpt import BLOCKS, HEADS, POSITIONS, WIDTH, draw, library, text
 
+VOCABULARY = 4096  # of words
 Pair = tuple[Tensor, Tensor]
 Batches = Callable[[int, int, int], Iterator[Pair]]  # (batch size, steps, seed)
 
@@ -46,6 +49,8 @@ class Loaded:
 class Task:
     """A task.
 
+    One is dear whose training takes minutes: then fewer settings are tried, of the baselines and of DDPNOpt.
+
     Attributes:
         key: its name.
         about: the data and the model, for people.
@@ -56,6 +61,7 @@ class Task:
         grids: the step sizes that each baseline is tuned over.
         higher: whether more merit is better.
         unit: of the figure of merit.
+        dear: see above.
     """
 
     key: str
@@ -67,11 +73,12 @@ class Task:
     grids: dict[str, tuple[float, ...]] = field(default_factory=lambda: CLASSIFIER_GRIDS)
     higher: bool = True
     unit: str = "%"
+    dear: bool = False
 
-    @property
-    def dear(self) -> bool:
-        """Whether a training takes minutes: then fewer settings are tried, of the baselines and of DDPNOpt."""
-        return self.grids is DEAR_GRIDS
+
+def _dear(key: str, about: str, load: Callable[[str | None], Loaded], batch: int, steps: int) -> Task:
+    """A classifier that is."""
+    return Task(key, about, load, F.cross_entropy, batch, steps, DEAR_GRIDS, dear=True)
 
 
 CLASSIFIER_GRIDS = {"SGD": (0.03, 0.1, 0.3, 1.0), "momentum": (0.01, 0.03, 0.1), "Adam": (0.001, 0.003, 0.01)}
@@ -120,17 +127,28 @@ def autoencoder(folder: str | None) -> Loaded:
 
 def characters(folder: str | None) -> Loaded:
     """The GPT of examples/gpt.py: the next character of Python's standard library."""
-    train, held, alphabet = text()
+    return _language(*text())
 
+
+def words(folder: str | None) -> Loaded:
+    """The same with words, spaces and signs: the 4,095 most frequent ones, and one for all others."""
+    found = re.findall(r"\w+|\s+|[^\w\s]", library())
+    code = {word: i for i, (word, _) in enumerate(Counter(found).most_common(VOCABULARY - 1))}
+    codes = torch.tensor([code.get(word, VOCABULARY - 1) for word in found])
+    cut = int(0.9 * len(codes))
+    return _language(codes[:cut], codes[cut:], VOCABULARY, held_out=(96, 192))
+
+
+def _language(train: Tensor, held: Tensor, vocabulary: int, held_out: tuple[int, int] = (256, 512)) -> Loaded:
     def batches(batch: int, steps: int, seed: int) -> Iterator[Pair]:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(steps):
             yield draw(train, batch, generator)
 
     generator = torch.Generator().manual_seed(1234)
-    parts = draw(held, 256, generator), draw(held, 512, generator)
+    parts = draw(held, held_out[0], generator), draw(held, held_out[1], generator)
     return Loaded(
-        lambda: GPT(BLOCKS, WIDTH, HEADS, POSITIONS, alphabet), batches, parts, lambda o, t: float(positions(o, t))
+        lambda: GPT(BLOCKS, WIDTH, HEADS, POSITIONS, vocabulary), batches, parts, lambda o, t: float(positions(o, t))
     )
 
 
@@ -145,12 +163,12 @@ def convolutions(inputs: int, size: int) -> nn.Module:
     )
 
 
-def residual() -> nn.Module:
-    """ResNet-8 with group norm, widths 16, 32, 64."""
+def residual(norm: Callable[[int], nn.Module]) -> nn.Module:
+    """ResNet-8, widths 16, 32, 64."""
     return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, 1, 1, bias=False), group_norm(16), nn.ReLU()),
-        *(Residual(16, 16, 1, norm=group_norm), Residual(16, 32, 2, norm=group_norm)),
-        *(Residual(32, 64, 2, norm=group_norm), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
+        *(nn.Conv2d(3, 16, 3, 1, 1, bias=False), norm(16), nn.ReLU()),
+        *(Residual(16, 16, 1, norm=norm), Residual(16, 32, 2, norm=norm)),
+        *(Residual(32, 64, 2, norm=norm), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
     )
 
 
@@ -160,7 +178,8 @@ def _dense(name: str) -> Callable[[str | None], Loaded]:
 
 _CNN_MNIST = images("mnist", lambda: convolutions(1, 28), flat=False, held=3000)
 _CNN_CIFAR = images("cifar10", lambda: convolutions(3, 32), flat=False, held=2000)
-_RESNET = images("cifar10", residual, flat=False, held=2000)
+_RESNET = images("cifar10", lambda: residual(group_norm), flat=False, held=2000)
+_RESNET_BN = images("cifar10", lambda: residual(nn.BatchNorm2d), flat=False, held=2000)
 
 TASKS = [
     *(
@@ -169,7 +188,7 @@ TASKS = [
     ),
     Task("fashion-128", "Fashion-MNIST, ReLU 784-32x4-10", _dense("fashion_mnist"), F.cross_entropy, 128, 1000),
     Task("fashion-512", "Fashion-MNIST, ReLU 784-32x4-10", _dense("fashion_mnist"), F.cross_entropy, 512, 400),
-    Task("mnist-cnn-64", "MNIST, CNN", _CNN_MNIST, F.cross_entropy, 64, 400, DEAR_GRIDS),
+    _dear("mnist-cnn-64", "MNIST, CNN", _CNN_MNIST, 64, 400),
     Task(
         "autoencoder-64",
         "MNIST, autoencoder 784-128-16-128-784, tanh",
@@ -182,7 +201,9 @@ TASKS = [
         "1000 MSE",
     ),
     Task("gpt-32", "characters, GPT", characters, positions, 32, 400, GPT_GRIDS, False, "nats"),
-    Task("cifar-cnn-512", "CIFAR-10 (30,000 images), CNN", _CNN_CIFAR, F.cross_entropy, 512, 300, DEAR_GRIDS),
-    Task("cifar-cnn-128", "CIFAR-10 (30,000 images), CNN", _CNN_CIFAR, F.cross_entropy, 128, 600, DEAR_GRIDS),
-    Task("cifar-resnet-128", "CIFAR-10 (30,000 images), ResNet-8 GN", _RESNET, F.cross_entropy, 128, 300, DEAR_GRIDS),
+    Task("words-32", "words, GPT", words, positions, 32, 400, GPT_GRIDS, False, "nats", dear=True),
+    _dear("cifar-cnn-512", "CIFAR-10 (30,000 images), CNN", _CNN_CIFAR, 512, 300),
+    _dear("cifar-cnn-128", "CIFAR-10 (30,000 images), CNN", _CNN_CIFAR, 128, 600),
+    _dear("cifar-resnet-128", "CIFAR-10 (30,000 images), ResNet-8 GN", _RESNET, 128, 300),
+    _dear("cifar-resnet-bn-128", "CIFAR-10 (30,000 images), ResNet-8 BN", _RESNET_BN, 128, 300),
 ]
