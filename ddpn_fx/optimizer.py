@@ -43,9 +43,9 @@ from ddpn_fx.structure import mode_of, refuse_iterations, refuse_mixing, structu
 class DDPNOpt(Optimizer):
     """Differential Dynamic Programming Neural Optimizer (Liu, Chen, Theodorou; Alg. 3), in sample space.
 
-    As it comes, a step costs about what SGD's does, and suits classifiers of dense and convolutional layers. For language,
-    regression and batch norms take ``preconditioner="eigen-factored"``, which needs fewer steps on every task that was
-    tried, at 1.4 to 4 times SGD's cost (README).
+    As it comes, a step costs about what SGD's does, and suits classifiers of dense and convolutional layers. For
+    language, regression and batch norms take ``preconditioner="eigen-factored"``: it needs fewer steps on every task
+    that was tried, at 1.4 to 4 times SGD's cost (README).
 
     Args:
         net: what :func:`ddpn_fx.compile` returned.
