@@ -279,6 +279,17 @@ def noise(b: Bench) -> None:
     assert not torch.equal(changes[0], changes[2]), "another seed, the same step"
 
 
+def learns(b: Bench) -> None:
+    """In the metric that serves all tasks the loss of a batch falls, and no step is left out."""
+    b.reset()
+    opt = b.optimizer(preconditioner="eigen-factored")
+    losses = []
+    for _ in range(10):
+        losses.append(float(b.step(opt)))
+        assert opt.stats["skipped"] == 0
+    assert losses[-1] < losses[0] - 0.02 * abs(losses[0]), losses
+
+
 CHECKS: dict[str, Callable[[Bench], None]] = {
     "names": names,
     "sgd": sgd,
@@ -287,6 +298,7 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
     "traced": traced,
     "coverage": coverage,
     "noise": noise,
+    "learns": learns,
 }
 
 
