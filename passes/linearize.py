@@ -219,10 +219,11 @@ def _with_pullback(
 ) -> tuple[Any, Callable[..., tuple[Tensor, ...]]]:
     """The operator's value, and its VJP with respect to ``sources`` (floating outputs alone)."""
     shape: list[Any] = []
+    # Looked up here: a parameter's value that is worked out, and kept, inside a VJP cannot be differentiated after it.
+    inputs = {n: lookup(n) for n in node.all_input_nodes}
 
     def function(*tensors: Tensor) -> Any:
-        replaced = dict(zip(sources, tensors, strict=True))
-        out = call(node, lambda n: replaced[n] if n in replaced else lookup(n))
+        out = call(node, {**inputs, **dict(zip(sources, tensors, strict=True))}.__getitem__)
         if isinstance(out, Tensor):
             return (out,) if differentiable(out) else ((), out)
         shape.append([differentiable(t) for t in out])
@@ -232,12 +233,12 @@ def _with_pullback(
     probe = call(node, lookup) if not isinstance(node.meta.get("val"), (Tensor, tuple, list)) else node.meta["val"]
     if isinstance(probe, Tensor):
         if not differentiable(probe):
-            return call(node, lookup), lambda h: tuple(torch.zeros_like(lookup(s)) for s in sources)
-        (value,), pull = vjp(function, *[lookup(s) for s in sources])
+            return call(node, lookup), lambda h: tuple(torch.zeros_like(inputs[s]) for s in sources)
+        (value,), pull = vjp(function, *[inputs[s] for s in sources])
         return value, lambda h: pull((h,))
     floats, pull, rest = cast(
         tuple[tuple[Tensor, ...], Callable[..., Any], tuple[Any, ...]],
-        torch.func.vjp(function, *[lookup(s) for s in sources], has_aux=True),
+        torch.func.vjp(function, *[inputs[s] for s in sources], has_aux=True),
     )
     mask = shape[-1]
     from_floats, from_rest = iter(floats), iter(rest)
