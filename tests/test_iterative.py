@@ -110,6 +110,21 @@ def test_with_many_iterations_it_is_the_dense_solve(make, options):
     assert gap(few, want) > 1e-4 * moved, "one iteration is something else, so that the test can fail"
 
 
+def normed():
+    """A weight that is worked out from two parameters, of an operator without a rule of its own."""
+    weight_norm = nn.utils.parametrizations.weight_norm
+    return nn.Sequential(
+        *(nn.Unflatten(1, (2, 32)), nn.Conv1d(2, 3, 3), nn.Tanh(), weight_norm(nn.Conv1d(3, 3, 3)), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(84, 3)),
+    )
+
+
+def test_a_weight_behind_a_parametrization_is_differentiated_through():
+    want, moved, _ = stepped(normed)
+    got, _, _ = stepped(normed, cg_iterations=40)
+    assert gap(got, want) < 1e-7 * moved
+
+
 class Detached(torch.autograd.Function):
     """A user's own backward, which nothing can be differentiated through."""
 
