@@ -45,7 +45,7 @@ class DDPNOpt(Optimizer):
 
     As it comes, a step costs about what SGD's does, and suits classifiers of dense and convolutional layers. For
     language, regression and batch norms take ``preconditioner="eigen-factored"``: it needs fewer steps on every task
-    that was tried, at 1.4 to 4 times SGD's cost (README).
+    that was tried, at 1.4 to 4 times SGD's cost. Either costs more where a small network meets a large batch (README).
 
     Args:
         net: what :func:`ddpn_fx.compile` returned.

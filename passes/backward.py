@@ -276,7 +276,7 @@ class _Recursion:
                 linear.metric_state.update({state_key(slot, name): t for slot, t in new.items()})
 
     def _direction(self, gamma: Gamma, b: Tensor) -> Tensor:
-        """Gamma b."""
+        """Gamma b, by the columns where K is formed of them; conjugate gradients start from it, and so it is kept."""
         if self.mode.feedback and self.mode.forms_grams:
             gamma.form(self.linear.blocks)
         direction = gamma.contract(b)

@@ -1,8 +1,8 @@
 """Eigen: decompositions of symmetric matrices that LAPACK does not give up on, inside compiled programs and outside.
 
 Divide and conquer in float32 fails on many matrices with rows of zeros, as the moments of inputs that are always zero,
-or of samples of weight zero, have them: with an error, or with eigenvectors of nan and none. It did on a half of those
-of 128 rows that ``tests/test_eigen.py`` draws. A rounding unit on the diagonal is enough that it does not.
+or of samples of weight zero, have them: with an error, or with eigenvectors of nan and none. It did on about half
+of those of 128 rows that ``tests/test_eigen.py`` draws. A rounding unit on the diagonal is enough that it does not.
 """
 
 from __future__ import annotations
