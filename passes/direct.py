@@ -28,6 +28,11 @@ Run = Callable[..., Any]
 # Arguments of torch.compile that are inductor's own; any other is for Dynamo.
 _OWN = frozenset({"mode", "options"})
 
+# Inductor asks of each node that reads a value whether it fuses with each of the next 64 that read it. Our scalars are
+# read by every parameter's nodes, so that it asks in vain: half of its time on a deep network. With 16 it finds the
+# same kernels.
+_ATTEMPTS = "max_fusion_buffer_group_pairwise_attempts"
+
 
 class Direct:
     """A graph compiled by inductor once for each situation.
@@ -85,7 +90,9 @@ class Direct:
         self.compiled += 1
         modes = FakeTensorMode(shape_env=ShapeEnv())
         inputs = [modes.from_tensor(t, static_shapes=True) for t in flat]
-        inductor = torch._TorchCompileInductorWrapper(self._options.get("mode"), self._options.get("options"), False)
+        own = {_ATTEMPTS: min(16, present)} if (present := getattr(torch._inductor.config, _ATTEMPTS, 0)) else {}
+        options = own | (self._options.get("options") or {})
+        inductor = torch._TorchCompileInductorWrapper(self._options.get("mode"), options, False)
         with torch.no_grad(), tracing(TracingContext(modes)):
             run: Run = inductor(_bare(self._module), inputs)
         return run

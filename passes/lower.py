@@ -96,8 +96,8 @@ class Lowered:
     """A step ready to run: ``run(*flat) -> (statistics vector,)``, writing its results in place.
 
     ``module`` is the fused graph; None where tracing is disabled. ``vector`` and ``shapes`` (of the
-    batch's tensors and the optimiser state) are what it takes to make inputs for inspection: of the
-    batch itself nothing is kept.
+    batch's tensors and the optimiser state) are what it takes to make inputs for inspection, beside the
+    few samples on which the model was captured: of the batch itself nothing is kept.
     """
 
     program: Program
@@ -109,16 +109,15 @@ class Lowered:
     records: list[PassRecord] = field(default_factory=list)
 
     def sample(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> list[Tensor]:
-        """Inputs to run the graphs on: copies of present weights and buffers, a random batch, empty state."""
-        generator = torch.Generator().manual_seed(0)
+        """Inputs to run the graphs on: copies of present weights and buffers, a batch of the capture's, empty state."""
 
-        def draw(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-            if dtype.is_floating_point:
-                return torch.randn(shape, generator=generator).to(device, dtype)
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def repeated(t: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+            rows = t if t.shape == shape else t[torch.arange(shape[0], device=t.device) % len(t)]
+            return rows.to(device, dtype, copy=True)
 
         count = self.signature.leaves
-        batch = [draw(*s) for s in self.shapes[:count]]
+        examples = [t for t in self.program.chain.captured.example if isinstance(t, Tensor)]
+        batch = [repeated(t, *s) for t, s in zip(examples, self.shapes[:count], strict=True)]
         state = [torch.zeros(s, dtype=d, device=v) for s, d, v in self.shapes[count:]]
         held = [params[n] for n in self.signature.params] + [buffers[n] for n in self.signature.buffers]
         return [*(t.detach().clone() for t in held), *batch, self.vector.clone(), *state]

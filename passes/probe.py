@@ -9,7 +9,7 @@ lies behind it. A layout that no run can tell is not guessed: an operator that n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -168,16 +168,30 @@ def _changed_runs(
     generator: torch.Generator,
 ) -> list[tuple[Values, Values, int]]:
     """(base, values with one sample changed, which sample), for the first and the last sample."""
+
+    def changed(sample: int, change: Callable[[Tensor, int, torch.Generator], Tensor]) -> Values:
+        pairs = zip(captured.example, captured.batched, strict=True)
+        leaves = [change(t, sample, generator) if batched else t for t, batched in pairs]
+        return evaluate(captured, placeholder_values(captured, params, buffers, leaves), base, kind)
+
     runs = []
     for sample in (0, captured.batch - 1):
-        leaves = [
-            _with_changed_sample(t, sample, generator) if b else t
-            for t, b in zip(captured.example, captured.batched, strict=True)
-        ]
-        runs.append(
-            (base, evaluate(captured, placeholder_values(captured, params, buffers, leaves), base, kind), sample)
-        )
+        try:
+            values = changed(sample, _with_changed_sample)
+        except (IndexError, RuntimeError):  # such as codes of a table's rows, kept as floats
+            values = changed(sample, _with_values_of_others)
+        runs.append((base, values, sample))
     return runs
+
+
+def _with_values_of_others(leaf: Tensor, sample: int, generator: torch.Generator) -> Tensor:
+    """One sample whose elements are those of other samples at their place: what the model takes there."""
+    leaf = leaf.clone()
+    rows = leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]
+    shift = torch.randint(1, max(2, len(rows)), (rows.shape[1],), generator=generator)
+    other = ((sample + shift) % len(rows)).to(leaf.device)
+    leaf[sample] = rows.gather(0, other[None])[0].reshape(leaf[sample].shape)
+    return leaf
 
 
 def _with_changed_sample(leaf: Tensor, sample: int, generator: torch.Generator) -> Tensor:

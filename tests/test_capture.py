@@ -4,6 +4,8 @@ Each model is trained one step with feedback off, which must be torch's own SGD 
 """
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -473,3 +475,43 @@ def test_an_einsum_of_three_operands_takes_every_batch_size_with_opt_einsum():
     model = Model(lambda m, x: torch.einsum("bi,ji,kj->bk", x, m.a.weight, m.b.weight), **layers)
     assert_sgd(model, (torch.randn(5, 3, dtype=torch.float64),), torch.tensor([0, 1, 1, 0, 1]))
     assert torch.backends.opt_einsum.enabled
+
+
+class Codes(nn.Module):
+    """Rows of a table by numbers that come as floats, beside other features."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.fc = nn.Embedding(7, 3), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.fc(torch.cat([self.table(x[:, 0].long()), x[:, 1:]], 1))
+
+
+def codes(n=6):
+    return torch.cat([torch.arange(n)[:, None] % 7.0, torch.randn(n, 2)], 1), torch.arange(n) % 4
+
+
+def test_codes_among_floats(tmp_path):
+    """No trial run and no exported graph leaves the range that the model takes."""
+    torch.manual_seed(0)
+    x, y = codes()
+    net = ddpn_fx.compile(Codes(), loss=F.cross_entropy, backend="eager")
+    loss = ddpn_fx.DDPNOpt(net).train_step(x, y)
+    assert torch.isfinite(loss)
+    ddpn_fx.export(net, tmp_path, "python")
+    for script in ("step.py", "captured.py"):
+        subprocess.run([sys.executable, tmp_path / script], check=True, capture_output=True)
+
+
+def test_codes_among_floats_do_not_hide_mixing():
+    """The sample that a trial run changes takes the values of others: an attention over the batch still shows."""
+
+    class Mixing(Codes):
+        def forward(self, x):
+            out = super().forward(x)
+            return torch.softmax(out @ out.mT, 1) @ out
+
+    net = ddpn_fx.compile(Mixing(), loss=F.cross_entropy, backend="eager")
+    with pytest.raises(ddpn_fx.StagingError, match="mixes the samples"):
+        ddpn_fx.DDPNOpt(net).train_step(*codes())

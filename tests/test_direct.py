@@ -264,3 +264,21 @@ def test_a_second_process_finds_the_program_and_steps_the_same(tmp_path):
     first, second, other = run("0.1"), run("0.1"), run("0.2")
     assert (first[0], second[0], other[0]) == (0, 1, 1)
     assert first[1] == second[1] != other[1]
+
+
+@pytest.mark.parametrize(("option", "present", "expected"), [(None, 64, 16), (None, 8, 8), (40, 64, 40)])
+def test_fusion_attempts(operands, monkeypatch, option, present, expected):
+    """Inductor tries fewer fusions than by itself, and as many as the user says."""
+    from torch._inductor import compile_fx, config
+
+    name, given = "max_fusion_buffer_group_pairwise_attempts", []
+    original = compile_fx.compile_fx
+
+    def spied(*args, config_patches=None, **kwargs):
+        given.append(config_patches)
+        return original(*args, config_patches=config_patches, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", spied)
+    monkeypatch.setattr(config, name, present)
+    Direct(graph(*operands), {} if option is None else {"options": {name: option}})(*operands)
+    assert given[0][name] == expected

@@ -7,6 +7,7 @@ step size beyond, and DDPNOpt's two settings as they are. (SGD was the best on n
 
     python examples/bench/schedules.py --data FOLDER                     all tasks, hours on one core; it is resumed
     python examples/bench/schedules.py --data FOLDER --tasks mnist-128   a part, and the page of all that is there
+    python examples/bench/schedules.py --data FOLDER --times 8 --kinds decayed --out FILE   eight times as long
 
 Writes the trainings as JSON and a Markdown table: the reported merit at the end, means over the seeds.
 """
@@ -36,11 +37,16 @@ OURS = (DEFAULT, EIGEN)
 
 
 class Scheduled(Bench):
-    """A task's trainings of one of ``KINDS``. A training at a constant step size gives two: as it is, and averaged."""
+    """A task's trainings of one of ``KINDS``. A training at a constant step size gives two: as it is, and averaged.
 
-    def __init__(self, task: Task, folder: str | None, record: Record, kind: str) -> None:
+    Those of ``times`` as many steps may want smaller step sizes: there the baselines have one on either side.
+    """
+
+    def __init__(self, task: Task, folder: str | None, record: Record, kind: str, times: int = 1) -> None:
         grids = {name: (*values, 3 * max(values)) for name, values in task.grids.items() if name != "SGD"}
-        super().__init__(replace(task, grids=grids), folder, record, rows=OURS)
+        if times > 1:
+            grids = {name: (round(min(values) / 3, 4), *values) for name, values in grids.items()}
+        super().__init__(replace(task, grids=grids, steps=times * task.steps), folder, record, rows=OURS)
         self.kind = kind
 
     def key(self, method: str, value: float, seed: int, kind: str | None = None) -> str:
@@ -90,8 +96,8 @@ def table(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Task]) -> 
     """The figures as a Markdown table, a line a task and kind."""
     lines = []
     for key, kinds in found.items():
-        for kind, figures in kinds.items():
-            line = [f"{key}, {about[key].unit}" if kind == CONSTANT else "", kind]
+        for i, (kind, figures) in enumerate(kinds.items()):
+            line = ["" if i else f"{key}, {about[key].unit}", kind]
             line += [f"{figures['rival']}: {figures['target']:.2f}"]
             for row in OURS:
                 end, steps = (figures["rows"][row][k] for k in ("end", "steps"))
@@ -107,7 +113,7 @@ def verdict(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Task]) -
     pages = []
     for row in OURS:
         counts = []
-        for kind in KINDS:
+        for kind in next(iter(found.values())):
             figures = [(about[key].higher, kinds[kind]) for key, kinds in found.items()]
             ahead = sum(
                 (end := f["rows"][row]["end"]) is not None and (end > f["target"] if higher else end < f["target"])
@@ -125,27 +131,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="DIR", help="folder of the .npz files (see ddpn_fx.data)")
     parser.add_argument("--tasks", nargs="+", choices=[t.key for t in TASKS], default=[t.key for t in TASKS])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--times", metavar="N", type=int, default=1, help="as many steps as target.py's (default: 1)")
     parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.out == RESULTS and (options.times, tuple(options.kinds)) != (1, KINDS):
+        parser.error("--kinds, --times: name a file of its own by --out; the recorded one has all kinds, once as long")
     ddpn_fx.keep_freed_memory()
     record = Record(options.out)
     with one_thread():
         for task in TASKS:
-            for kind in KINDS if task.key in options.tasks else ():
-                Scheduled(task, options.data, record, kind).run(timed=False)
+            for kind in options.kinds if task.key in options.tasks else ():
+                Scheduled(task, options.data, record, kind, options.times).run(timed=False)
     found: dict[str, dict[str, Any]] = {}
     last = SEEDS - 1
     for task in TASKS:
-        benches = [Scheduled(task, options.data, record, kind) for kind in KINDS]
+        benches = [Scheduled(task, options.data, record, kind, options.times) for kind in options.kinds]
         if all(b.key(EIGEN, SETTINGS[EIGEN][0], last) in record.cells for b in benches):
             found[task.key] = {b.kind: ends(b, b.run(timed=False)) for b in benches}
     about = {task.key: task for task in TASKS}
     record.write(tasks=found)
+    longer = "" if options.times == 1 else f" of {options.times} times as many steps as in target.md"
     pages = [
         "# With averaged weights, and with a step size that falls to 0",
-        f"Merit on the reported part at the end, means over {SEEDS} seeds; the part of the baseline's steps in which "
-        f"DDPNOpt reaches the baseline's end. Averaged: a moving average of the weights, {DECAY}. Decayed: the step "
-        "size falls linearly to 0, for all.",
+        f"Merit on the reported part at the end{longer}, means over {SEEDS} seeds; the part of the baseline's steps in "
+        f"which DDPNOpt reaches the baseline's end. Averaged: a moving average of the weights, {DECAY}. Decayed: the "
+        "step size falls linearly to 0, for all.",
         table(found, about),
         *verdict(found, about),
         report.describe(report.environment()),
