@@ -76,10 +76,16 @@ def kinds(captured: Captured, trainable: set[str]) -> dict[fx.Node, Kind]:
 
 
 def mark_statistics(captured: Captured, found: dict[fx.Node, Kind]) -> None:
-    """Turn chain nodes without a batch dimension that the model's body reads into statistics, in place.
+    """Turn chain nodes without a batch dimension that the model's body reads into statistics, in place."""
+    for node in of_the_whole_batch(captured, found, Kind.CHAIN):
+        found[node] = Kind.STATISTIC
+
+
+def of_the_whole_batch(captured: Captured, found: dict[fx.Node, Kind], kind: Kind) -> list[fx.Node]:
+    """The nodes of a kind without a batch dimension that the model's body reads, in graph order.
 
     The body is what the model's output (or, for a model that returns its loss, a later parametrised
-    operator) depends on: a loss's own mean over the batch is not a statistic.
+    operator) depends on: a loss's own mean over the batch is not of it.
     """
     graph = captured.module.graph
     ends = [captured.outputs[i] for i in captured.output_indices]
@@ -88,12 +94,8 @@ def mark_statistics(captured: Captured, found: dict[fx.Node, Kind]) -> None:
     ]
     flow = data_flow(graph)
     body = set().union(*(nx.ancestors(flow, n) for n in ends))
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node not in body or found.get(node) is not Kind.CHAIN or not isinstance(value, Tensor):
-            continue
-        if not captured.batch_dimensions(value):
-            found[node] = Kind.STATISTIC
+    values = {n: n.meta.get("val") for n in graph.nodes if n in body and found.get(n) is kind}
+    return [n for n, v in values.items() if isinstance(v, Tensor) and not captured.batch_dimensions(v)]
 
 
 def has_gradient(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ lies behind it. A layout that no run can tell is not guessed: an operator that n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.classify import data_flow
+from ddpn_fx.passes.classify import data_flow, of_the_whole_batch
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.ir import HELD, Kind, Layout
@@ -131,9 +131,9 @@ def evaluate(
     captured: Captured,
     values: dict[str, Any],
     held: Values | None = None,
-    kind: dict[fx.Node, Kind] | None = None,
+    fixed: Set[fx.Node] = frozenset(),
 ) -> Values:
-    """Every node's value; with ``held``, a run's values, noise and batch statistics are those of that run.
+    """Every node's value; with ``held``, a run's values, the ``fixed`` nodes have those of that run.
 
     What reads nothing that differs from that run is not evaluated again.
     """
@@ -144,7 +144,7 @@ def evaluate(
         elif node.op == "get_attr":
             env[node] = attribute(captured.module, node.target)
         elif node.op == "call_function":
-            if held is not None and kind is not None and _as_held(node, env, held, kind):
+            if held is not None and (node in fixed or _as_held(node, env, held)):
                 env[node] = held[node]
             else:
                 env[node] = node.target(
@@ -153,9 +153,7 @@ def evaluate(
     return env
 
 
-def _as_held(node: fx.Node, env: Values, held: Values, kind: dict[fx.Node, Kind]) -> bool:
-    if kind[node] in HELD:
-        return True
+def _as_held(node: fx.Node, env: Values, held: Values) -> bool:
     return not _draws(node) and all(env[a] is held[a] for a in node.all_input_nodes)
 
 
@@ -167,12 +165,17 @@ def _changed_runs(
     kind: dict[fx.Node, Kind],
     generator: torch.Generator,
 ) -> list[tuple[Values, Values, int]]:
-    """(base, values with one sample changed, which sample), for the first and the last sample."""
+    """(base, values with one sample changed, which sample), for the first and the last sample.
+
+    Noise and batch statistics are held; those of what comes before all controls too, a frozen batch norm's, which no
+    control can move.
+    """
+    fixed = {n for n, k in kind.items() if k in HELD} | {*of_the_whole_batch(captured, kind, Kind.CONTEXT)}
 
     def changed(sample: int, change: Callable[[Tensor, int, torch.Generator], Tensor]) -> Values:
         pairs = zip(captured.example, captured.batched, strict=True)
         leaves = [change(t, sample, generator) if batched else t for t, batched in pairs]
-        return evaluate(captured, placeholder_values(captured, params, buffers, leaves), base, kind)
+        return evaluate(captured, placeholder_values(captured, params, buffers, leaves), base, fixed)
 
     runs = []
     for sample in (0, captured.batch - 1):

@@ -466,3 +466,20 @@ def test_a_module_with_its_own_loss_steps_as_one_whose_loss_is_given():
         step_of(first, (x, y), None, Settings(**options))
         step_of(second, x, y, Settings(**options))
         same_change(models[0], before, weights(models[1]), 1e-12)
+
+
+def test_a_frozen_batch_norm_before_all_controls():
+    """What it makes of the batch no control can move: the step is that of the rest, on what it lets through."""
+    torch.manual_seed(0)
+    frozen = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh()).double().requires_grad_(False)
+    rest = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(3, (8,))
+    model, alone = copy.deepcopy(nn.Sequential(frozen, rest)), copy.deepcopy(rest)
+    through = [ddpn_fx.DDPNOpt(ddpn_fx.compile(m, loss=F.cross_entropy, disable=True)) for m in (model, alone)]
+    for _ in range(2):
+        losses = through[0].train_step(x, y), through[1].train_step(frozen(x), y)
+        assert torch.allclose(*losses, rtol=1e-12)
+    for got, want in zip(model[1].parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    for name, buffer in model[0].named_buffers():
+        torch.testing.assert_close(buffer, frozen.get_buffer(name))
