@@ -85,6 +85,12 @@ def compile(
     if isinstance(model, CompiledModule):
         raise TypeError("ddpn_fx.compile: the module is already compiled by ddpn_fx; pass the original module")
     model = as_module(model)
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"ddpn_fx.compile: {lazy[0]!r} of {type(model).__name__} has no shape yet (a lazy module); "
+            "call the model on a batch first, model(x)"
+        )
     if loss is not None and not callable(loss):
         raise TypeError(
             "ddpn_fx.compile: loss must be a callable (output, target) -> scalar, "

@@ -138,7 +138,8 @@ class Bound:
             if self.curvature is None:
                 raise LossError(
                     "DDPNOpt: terminal='bound' knows the curvature of "
-                    "cross_entropy, mse_loss and binary_cross_entropy_with_logits alone. "
+                    "cross_entropy, mse_loss and binary_cross_entropy_with_logits alone "
+                    "(and of nll_loss after a log_softmax, binary_cross_entropy after a sigmoid). "
                     "For this loss pass curvature=L with L an upper bound of its Hessian in the model's output, "
                     "or terminal='residual'"
                 )

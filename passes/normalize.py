@@ -6,6 +6,7 @@
 - Dropout, also inside attention, becomes a drawn mask and a product (:mod:`.rewrites.noise`).
 - Bags of embeddings, one-hot codes and assignments by a mask take forms that keep the batch a dimension
   (:mod:`.rewrites.lookups`).
+- Losses of a log-softmax or a sigmoid become those of its input, whose curvature is known (:mod:`.rewrites.losses`).
 - Where torch's derivative is wrong in one form, or has no batched one, another is written
   (:mod:`.rewrites.workarounds`).
 - No-ops and assertions disappear; dead nodes are removed.
@@ -20,7 +21,8 @@ from typing import cast
 import torch
 from torch import fx
 
-from ddpn_fx.passes.rewrites.lookups import embedding_bag, masked_assignment, one_hot
+from ddpn_fx.passes.rewrites.lookups import dense_lookup, embedding_bag, masked_assignment, one_hot
+from ddpn_fx.passes.rewrites.losses import binary_likelihood, likelihood
 from ddpn_fx.passes.rewrites.noise import attention, dropout
 from ddpn_fx.passes.rewrites.norms import affine_norm, batch_norm
 from ddpn_fx.passes.rewrites.products import linear_products
@@ -46,8 +48,18 @@ def normalize(module: fx.GraphModule, parameter_nodes: set[str], off: Iterable[s
     """
     graph = module.graph
     rewrites = (
-        *(average_pool, affine_norm, batch_norm, prelu, fake_quantize, one_hot, masked_assignment, embedding_bag),
-        *(dropout, attention),
+        *(
+            average_pool,
+            affine_norm,
+            batch_norm,
+            prelu,
+            fake_quantize,
+            one_hot,
+            masked_assignment,
+            embedding_bag,
+            dense_lookup,
+        ),
+        *(dropout, attention, likelihood, binary_likelihood),
         *(() if "linear-products" in off else (linear_products(_parameter_only(graph, parameter_nodes)),)),
         _no_op,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def self_check(objective: Objective, captured: Captured, spec: Any) -> None:
             raise CaptureError(f"ddpn_fx.compile: no output of {type(model).__name__} depends on a trainable parameter")
         scalar = weigh(eager)
         try:
-            expected = torch.autograd.grad(scalar, list(trainable.values()), allow_unused=True)
+            expected = _dense(torch.autograd.grad(scalar, list(trainable.values()), allow_unused=True))
         except RuntimeError as error:
             error.add_note(f"ddpn_fx: the gradient of {type(model).__name__} fails so in eager mode, without ddpn_fx")
             raise
@@ -50,7 +50,7 @@ def self_check(objective: Objective, captured: Captured, spec: Any) -> None:
         got = [
             flat[i] for i in ([] if captured.loss_index is None else [captured.loss_index]) + captured.output_indices
         ]
-        actual = torch.autograd.grad(weigh(got), list(trainable.values()), allow_unused=True)
+        actual = _dense(torch.autograd.grad(weigh(got), list(trainable.values()), allow_unused=True))
     for want, have in zip(eager, got, strict=False):
         if not close(want, have):
             raise CaptureError(
@@ -71,6 +71,11 @@ def self_check(objective: Objective, captured: Captured, spec: Any) -> None:
             raise CaptureError(
                 f"ddpn_fx.compile: the captured graph updates buffer {name!r} to another value than the model does"
             )
+
+
+def _dense(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Those of a table looked up with ``sparse=True`` too."""
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
 
 
 def _run(module: fx.GraphModule, values: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -515,3 +515,134 @@ def test_codes_among_floats_do_not_hide_mixing():
     net = ddpn_fx.compile(Mixing(), loss=F.cross_entropy, backend="eager")
     with pytest.raises(ddpn_fx.StagingError, match="mixes the samples"):
         ddpn_fx.DDPNOpt(net).train_step(*codes())
+
+
+def ending(change):
+    """A network of three outputs that makes something of them at its end."""
+
+    class Ending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 15)
+
+        def forward(self, x):
+            return change(self.fc2(torch.tanh(self.fc1(x))))
+
+    torch.manual_seed(0)
+    return Ending().double()
+
+
+LABELS, WORDS = torch.tensor([0, 2, 1, 14, 7, 3]), torch.arange(30).reshape(6, 5) % 3
+WORDS[2, 1] = -100
+BALANCE = torch.linspace(0.5, 2.0, 15, dtype=torch.float64)
+ONES = (torch.arange(6) % 2).double()
+FLAGS = (torch.arange(90).reshape(6, 15) % 4 == 0).double()
+
+
+def by_word(z):
+    return z.reshape(-1, 5, 3)
+
+
+LIKELIHOODS = {
+    "nll": (lambda z: z.log_softmax(1), F.nll_loss, lambda z: z, F.cross_entropy, LABELS),
+    "nll, weights, sum": (
+        lambda z: z.log_softmax(-1),
+        lambda o, t: F.nll_loss(o, t, BALANCE, reduction="sum"),
+        lambda z: z,
+        lambda o, t: F.cross_entropy(o, t, BALANCE, reduction="sum"),
+        LABELS,
+    ),
+    "nll of positions": (
+        lambda z: by_word(z).log_softmax(-1).transpose(1, 2),
+        F.nll_loss,
+        lambda z: by_word(z).transpose(1, 2),
+        F.cross_entropy,
+        WORDS,
+    ),
+    "nll of flat positions": (
+        lambda z: by_word(z).log_softmax(-1),
+        lambda o, t: F.nll_loss(o.reshape(-1, 3), t.reshape(-1)),
+        by_word,
+        lambda o, t: F.cross_entropy(o.reshape(-1, 3), t.reshape(-1)),
+        WORDS,
+    ),
+    "bce": (torch.sigmoid, F.binary_cross_entropy, lambda z: z, F.binary_cross_entropy_with_logits, FLAGS),
+    "bce of one output, sum": (
+        lambda z: torch.sigmoid(z[:, :1]).squeeze(1),
+        nn.BCELoss(reduction="sum"),
+        lambda z: z[:, 0],
+        nn.BCEWithLogitsLoss(reduction="sum"),
+        ONES,
+    ),
+    "bce, weights": (
+        lambda z: torch.sigmoid(z),
+        lambda o, t: F.binary_cross_entropy(o, t, BALANCE),
+        lambda z: z,
+        lambda o, t: F.binary_cross_entropy_with_logits(o, t, BALANCE),
+        FLAGS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_likelihood_of_probabilities_trains_as_that_of_logits(name):
+    """Two steps of the whole loop; the model's outputs are its own."""
+    end, loss, plain, of_logits, target = LIKELIHOODS[name]
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    models = ending(end), ending(plain)
+    for model, criterion in zip(models, (loss, of_logits), strict=True):
+        before = criterion(model(x), target)
+        net = ddpn_fx.compile(model, loss=criterion, backend="eager")
+        opt = ddpn_fx.DDPNOpt(net, lr=0.5)
+        torch.testing.assert_close(opt.train_step(x, target), before.detach())
+        opt.train_step(x, target)
+        assert net.chain.loss_node is not None
+        torch.testing.assert_close(net(x), end(model.fc2(torch.tanh(model.fc1(x)))) if model is models[0] else net(x))
+    for got, want in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("end", "loss"),
+    [
+        (lambda z: by_word(z).log_softmax(1).transpose(1, 2), F.nll_loss),  # over the positions, not the classes
+        (lambda z: 0.5 * z.log_softmax(1), F.nll_loss),
+        (lambda z: torch.sigmoid(z).clamp(0.1, 0.9), F.binary_cross_entropy),
+    ],
+)
+def test_what_is_no_likelihood_stays_as_it_is(end, loss):
+    x, y = torch.randn(6, 4, dtype=torch.float64), {2: LABELS, 3: WORDS}[end(torch.zeros(6, 15)).dim()]
+    y = FLAGS if loss is F.binary_cross_entropy else y
+    model = ending(end)
+    want = loss(model(x), y).detach()
+    net = ddpn_fx.compile(model, loss=loss, backend="eager")
+    torch.testing.assert_close(ddpn_fx.DDPNOpt(net, feedback=False, lr=0.1).train_step(x, y), want)
+    assert net.chain.loss_node is None
+
+
+def test_a_probability_that_rounds_to_one_keeps_its_gradient():
+    """Torch's own loss of probabilities is cut at 100 there, and its gradient is lost."""
+    model = ending(torch.sigmoid).float()
+    with torch.no_grad():
+        model.fc2.bias.fill_(40.0)
+    x, y = torch.randn(6, 4), torch.zeros(6, 15)
+    assert F.binary_cross_entropy(model(x), y) == 100
+    opt = ddpn_fx.DDPNOpt(ddpn_fx.compile(model, loss=F.binary_cross_entropy, backend="eager"))
+    losses = [float(opt.train_step(x, y)) for _ in range(3)]
+    assert 35 < losses[0] < 45
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_a_table_with_sparse_gradients_trains_as_one_without():
+    ends = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        table = nn.Embedding(9, 4, sparse=sparse)
+        model = nn.Sequential(table, nn.Flatten(), nn.Linear(20, 3)).double()
+        net = ddpn_fx.compile(model, loss=F.cross_entropy, backend="eager")
+        opts = ddpn_fx.DDPNOpt(net), ddpn_fx.DDPNOpt(net, lr=0.1, feedback=False)
+        for opt in opts:
+            opt.train_step(torch.arange(20).reshape(4, 5) % 8, torch.tensor([0, 1, 2, 0]))
+        ends.append([p.detach() for p in net.parameters()])
+    for got, want in zip(*ends, strict=True):
+        assert torch.equal(got, want)

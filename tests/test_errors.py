@@ -641,3 +641,12 @@ def test_export_before_anything_was_captured(tmp_path):
     with pytest.raises(TypeError, match="not a Sequential"):
         ddpn_fx.export(mlp(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lazy_module_is_asked_for_a_batch():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"'0.weight' of Sequential has no shape yet.*call the model on a batch first"):
+        ddpn_fx.compile(model, loss=F.cross_entropy)
+    model(torch.randn(2, 5))
+    net = ddpn_fx.compile(model, loss=F.cross_entropy, backend="eager")
+    assert torch.isfinite(ddpn_fx.DDPNOpt(net).train_step(torch.randn(4, 5), torch.tensor([0, 1, 2, 0])))

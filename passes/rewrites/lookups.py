@@ -81,3 +81,10 @@ def _bags(write: Writer, given: dict[str, Any], length: Any) -> fx.Node:
         return write(aten.mean.dim, rows, [1])
     count = write(aten.clamp.default, write(aten.sum.dim_IntList, used, [1]), 1)
     return write(aten.div.Tensor, write(aten.sum.dim_IntList, rows, [1]), count)
+
+
+def dense_lookup(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """``embedding`` with ``sparse=True`` -> without: a step is dense, whatever the layout of a gradient."""
+    if node.target is not aten.embedding.default or len(node.args) < 5 or not node.args[4]:
+        return None
+    return Writer(graph, node)(node.target, *node.args[:4])
