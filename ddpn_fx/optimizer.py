@@ -50,10 +50,10 @@ class DDPNOpt(Optimizer):
     Args:
         net: what :func:`ddpn_fx.compile` returned.
         lr: step size eta, the inverse weight of the control's cost. None: the metric's own, 1.0, which works over two
-            decades, and 0.01 in the diagonal and factored metrics and that of rows, whose eta is of Adam's scale.
-        preconditioner: the metric M of Table 2: ``"identity"``, ``"rows"``, ``"eigen-factored"``, ``"diagonal"``,
-            ``"factored"``, ``"kronecker"``, ``"eigen-kronecker"``, or an object (:mod:`ddpn_fx.preconditioners` has
-            these and their options).
+            decades, and 0.01 in the diagonal and the factored metrics, whose eta is of Adam's scale.
+        preconditioner: the metric M of Table 2: ``"identity"``, ``"diagonal"``, ``"factored"``, ``"eigen-factored"``,
+            ``"kronecker"``, ``"eigen-kronecker"``, or an object (:mod:`ddpn_fx.preconditioners` has these and their
+            options).
         terminal: the model of the loss: ``"bound"``, ``"residual"``, ``"gradient"``, ``"exact"``, ``"sampled"``.
         rank: columns of the terminal factor; None: all.
         curvature: for ``terminal="bound"`` and a loss that is not known: an upper bound of its Hessian.
@@ -69,12 +69,12 @@ class DDPNOpt(Optimizer):
         weight_decay: l_t = wd/2 |u|^2, in the recursion; or beside it with ``decoupled``.
         decoupled: weight decay as AdamW's.
         momentum: as ``torch.optim.SGD``'s, on the direction Gamma omega.
-        beta1: Adam's bias-corrected average of the direction. None: the metric's own, 0.9 in ``"rows"`` and
-            ``"eigen-factored"`` and 0 in the others; 0 where there is momentum.
+        beta1: Adam's bias-corrected average of the direction. None: the metric's own, 0.9 in ``"eigen-factored"`` and 0
+            in the others; 0 where there is momentum.
         nesterov: Nesterov's form of momentum, ``torch.optim.SGD``'s, and of beta1's average, ``torch.optim.NAdam``'s
             with weights that sum to 1 from the first step on: the average as it would be a step later, with the same
-            direction. One of the two must be set. None: the metric's own, True with a beta1 in ``"rows"`` and
-            ``"eigen-factored"``, False in the others.
+            direction. One of the two must be set. None: the metric's own, True in ``"eigen-factored"`` with a beta1 and
+            False in the others.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
         cg_iterations: solve by so many conjugate gradients, without K and without per-sample gradients, for large
             batches; None: dense. For the one system of the defaults: coupling ``"batch"``, ``quu`` and ``rollout`` as

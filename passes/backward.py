@@ -268,12 +268,10 @@ class _Recursion:
             name, whole = gamma.name, self._direction(gamma, b)
             with origin({"role": "metric", "stage": stage.index, "module_path": name}):
                 direction = whole if name in linear.frames else whole.to(self.params[name].dtype)
-                factors = gamma.factors(linear.blocks) if self.mode.feedback and self.mode.forms_grams else None
                 if self._decays(name):
                     value = linear.framed(name, self.params[name])
-                    direction, factors = direction + self.hyper.weight_decay[self.group[name]] * value, None
-                step = self.state["step"] + 1
-                moment = Moment(self.sites[name], gamma, direction, own, step, linear.gammas.dtype, factors)
+                    direction = direction + self.hyper.weight_decay[self.group[name]] * value
+                moment = Moment(self.sites[name], gamma, direction, own, self.state["step"] + 1, linear.gammas.dtype)
                 linear.metrics[name], new = preconditioner.metric(moment, slots_of(name, self.state))
                 linear.metric_state.update({state_key(slot, name): t for slot, t in new.items()})
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from ddpn_fx.passes.gamma import Gamma, Map
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.rules import rule_by_name
-from ddpn_fx.passes.rules.base import gram_matrix
 
 
 class Metric(Protocol):
@@ -105,8 +104,6 @@ class Moment:
             its share of the batch's loss, which is taken for a mean).
         step: 0-d, how many steps there were with this one.
         dtype: what moments are kept in: float32, or float64 for a float64 model.
-        factors: x (B, P, I) and h (B, R, P, O) of which K is made, where the direction is their product alone and not
-            needed for anything else; None where it is.
     """
 
     site: Site
@@ -115,23 +112,6 @@ class Moment:
     coefficient: Tensor
     step: Tensor
     dtype: torch.dtype
-    factors: tuple[Tensor, Tensor] | None = None
-
-    def row_squares(self) -> Tensor:
-        """(O,): means of the direction's squares over its rows; () for a parameter of one dimension or none.
-
-        A row of ``D = H^T X`` has the squares ``h^T X X^T h``: where there are fewer samples than a layer has inputs
-        and outputs, D is not formed for them, since K needs the Gram of X as well.
-        """
-        if len(self.site.shape) < 2:
-            return self.direction.to(self.dtype).square().mean()
-        if self.factors is not None:
-            (b, p, i), o = self.factors[0].shape, self.factors[1].shape[-1]
-            if p == 1 and b * (i + o) < i * o:
-                x, h = (t.to(self.dtype) for t in self.factors)
-                h = torch.einsum("br,bro->bo", self.coefficient.to(self.dtype) / b, h[:, :, 0])
-                return (h * (gram_matrix(x[:, 0].reshape(1, b, i))[0] @ h)).sum(0).clamp_min(0) / i
-        return self.direction.to(self.dtype).flatten(1).square().mean(1)
 
     @cached_property
     def samples(self) -> Tensor:

@@ -196,7 +196,6 @@ MODES = {
     "groups, clip": {"coupling": 2, "trust": 1.0, "tikhonov": 0.1, "weight_decay": 0.1, "decoupled": True},
     "diagonal": {"preconditioner": "diagonal", "lr": 0.01, "momentum": 0.9},
     "factored": {"preconditioner": "factored", "lr": 0.01},
-    "rows": {"preconditioner": "rows"},
     "eigen-factored": {"preconditioner": "eigen-factored", "lr": 0.01},
     "kronecker, of values": {"preconditioner": Kronecker(moments="value"), "lr": 0.01, "coupling": 2},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker", "lr": 0.01},

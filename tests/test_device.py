@@ -45,7 +45,6 @@ OPTIONS = {
     "momentum": {"momentum": 0.9, "weight_decay": 0.1},
     "diagonal": {"preconditioner": "diagonal", "lr": 0.01, "beta1": 0.9},
     "factored": {"preconditioner": "factored", "lr": 0.01},
-    "rows": {"preconditioner": "rows"},
     "eigen-factored": {"preconditioner": "eigen-factored", "lr": 0.01, "beta1": 0.9},
     "kronecker": {"preconditioner": "kronecker", "lr": 0.01},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker", "lr": 0.01},

@@ -177,19 +177,6 @@ def test_a_metric_costs_one_more_contraction(name):
 
 
 @pytest.mark.parametrize("batch", [16, 64])
-@pytest.mark.parametrize("name", MODELS)
-def test_a_scale_for_each_row_costs_a_contraction_or_less(name, batch):
-    """Less where a dense layer is wide: its moments come from the Gram of its inputs. A bias has a Gram of its own."""
-    got, layers = measured(name, batch, preconditioner="rows")
-    want = 0
-    for p in layers:
-        wide = p.positions == 1 and batch * (p.inputs + p.outputs) < p.inputs * p.outputs
-        want += p.work(batch, 1, 1, contractions=1 if wide else 2)
-        want += 2 * batch**2 * p.outputs * (wide + (p.positions == 1))
-    assert got == pytest.approx(want, rel=TOLERANCE)
-
-
-@pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("feedback", [False, True])
 def test_ekfac_of_dense_layers_turns_factors_and_forms_no_column_for_its_moments(feedback, batch):
     """Turned are inputs, cotangents and the direction; products of columns are those of K alone."""

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import ddpn_fx
 from ddpn_fx.passes.mode import AVERAGES
 from ddpn_fx.passes.rules.embedding import Embedding
 from ddpn_fx.passes.turned import Turned
-from ddpn_fx.preconditioners import Diagonal, EigenFactored, EigenKronecker, Factored, Kronecker, Moment, Rows
+from ddpn_fx.preconditioners import Diagonal, EigenFactored, EigenKronecker, Factored, Kronecker
 from tests import oracle
 from tests.harness import close, close_to_scale
 from tests.models import case
@@ -71,15 +70,6 @@ class DenseFactored(Dense):
         floor = self.p.relative_eps**2 * row.mean() + self.p.eps**2
         v = torch.outer(row + floor, column + floor) / (row.mean() + floor)
         return v.sqrt().flatten().diag()
-
-
-class DenseRows(Dense):
-    def __call__(self, name, u, G, c):
-        d = (c @ G).reshape(u.shape) + self.weight_decay * u
-        rows = d.reshape(u.shape[0], -1) if u.dim() > 1 else d.reshape(1, -1)
-        r = self.average(name, (rows**2).mean(1, keepdim=True))
-        root = (r + self.p.relative_eps**2 * r.mean() + self.p.eps**2).sqrt()
-        return root.expand(rows.shape).flatten().diag()
 
 
 class DenseKronecker(Dense):
@@ -187,7 +177,6 @@ class DenseEigenFactored(DenseFactored):
 DENSE = {
     Diagonal: DenseDiagonal,
     Factored: DenseFactored,
-    Rows: DenseRows,
     EigenFactored: DenseEigenFactored,
     Kronecker: DenseKronecker,
     EigenKronecker: DenseEigenKronecker,
@@ -265,7 +254,6 @@ PRECONDITIONERS = {
     "diagonal": lambda m: Diagonal(decay=0.9, eps=1e-3, moments=m),
     "adam": lambda m: Diagonal(decay=0.9, eps=1e-4, relative_eps=0.05, bias_correction=True, moments=m),
     "factored": lambda m: Factored(decay=0.9, eps=1e-3, moments=m),
-    "rows": lambda m: Rows(decay=0.9, eps=1e-3, relative_eps=0.1, moments=m),
     "eigen-factored": lambda m: EigenFactored(**TURNS, max_cost=9.0, moments=m),
     "eigen-factored, parts": lambda m: EigenFactored(**TURNS, max_size=3, moments=m),
     "kronecker": lambda m: Kronecker(decay=0.9, damping=0.1, moments=m),
@@ -283,7 +271,7 @@ def test_every_mode_equals_the_oracle_in_the_dense_metric(kind, settings, moment
 
 
 @pytest.mark.parametrize("name", ["cnn", "cnn-groupnorm", "residual", "attention", "looped", "tied-embedding", "bare"])
-@pytest.mark.parametrize("kind", ["diagonal", "adam", "factored", "rows", "eigen-factored", "eigen-factored, parts"])
+@pytest.mark.parametrize("kind", ["diagonal", "adam", "factored", "eigen-factored", "eigen-factored, parts"])
 def test_metrics_of_the_direction_on_other_models(kind, name):
     compare(name, PRECONDITIONERS[kind]("gradient"), SETTINGS["default"], steps=2)
 
@@ -492,25 +480,6 @@ def test_eigen_factored_of_grouped_convolutions_embeddings_and_positions():
             averages[name][0] = (new[0].T @ u) ** 2 @ averages[name][0]
             averages[name][1] = (new[1].T @ v) ** 2 @ averages[name][1]
             bases[name] = new
-
-
-@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"coupling": 2}], ids=str)
-def test_squares_of_rows_are_those_of_the_direction(options, monkeypatch):
-    """Where a layer is wide they come from the Gram of its inputs: as many steps as from the direction itself."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 5)).double()
-    x, y = torch.randn(5, 40, dtype=torch.float64), torch.randint(5, (5,))
-    ends, shortcut = [], Moment.row_squares
-    for squares in (shortcut, lambda self: shortcut(replace(self, factors=None))):
-        monkeypatch.setattr(Moment, "row_squares", squares)
-        torch.manual_seed(1)  # of further columns
-        net = ddpn_fx.compile(copy.deepcopy(model), loss=F.cross_entropy, disable=True)
-        opt = ddpn_fx.DDPNOpt(net, preconditioner="rows", **options)
-        for _ in range(3):
-            opt.train_step(x, y)
-        ends.append([opt.state[p]["row"] for p in net.parameters()] + [*net.parameters()])
-    for got, want in zip(*ends, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["cnn", "mlp-tanh"])
@@ -739,7 +708,7 @@ def test_the_papers_form_counts_its_clamps(lr, clamped):
 
 # --- behaviour ------------------------------------------------------------------------------------------------------
 
-KINDS = ("diagonal", "factored", "rows", "eigen-factored", "kronecker", "eigen-kronecker")
+KINDS = ("diagonal", "factored", "eigen-factored", "kronecker", "eigen-kronecker")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -800,7 +769,7 @@ def test_state_is_saved_and_loaded(kind):
     slots = {k: v for kept in loaded.state.values() for k, v in kept.items()}
     averages = {k: slots.pop(k) for k in AVERAGES if k in slots}  # as torch's, in the parameter's
     assert slots
-    assert bool(averages) == (kind in ("rows", "eigen-factored"))
+    assert bool(averages) == (kind == "eigen-factored")
     assert all(v.dtype == torch.float32 for v in slots.values())
 
 
@@ -876,7 +845,7 @@ def test_the_average_is_the_metric_s_own_where_none_is_given():
 
     for plain in ("identity", "diagonal", "factored", "kronecker", "eigen-kronecker", Halved()):
         assert chosen(preconditioner=plain) == (0.0, False)
-    for turned in ("rows", "eigen-factored", EigenFactored(decay=0.9)):
+    for turned in ("eigen-factored", EigenFactored(decay=0.9)):
         assert chosen(preconditioner=turned) == (0.9, True)
         assert chosen(preconditioner=turned, beta1=0.5) == (0.5, True)
         assert chosen(preconditioner=turned, nesterov=False) == (0.9, False)
@@ -892,11 +861,7 @@ def test_the_average_is_the_metric_s_own_where_none_is_given():
 @pytest.mark.parametrize(
     ("given", "error", "match"),
     [
-        (
-            "diag",
-            ValueError,
-            r"preconditioner='diag' is not known; choose one of 'identity', 'diagonal', 'factored', 'rows'",
-        ),
+        ("diag", ValueError, r"preconditioner='diag' is not known; choose one of 'identity', 'diagonal', 'factored'"),
         (Diagonal, TypeError, "is a class, not an object of it"),
         (3.0, TypeError, r"preconditioner=3.0 has no moments; it needs moments, state, metric and refresh"),
     ],
@@ -911,9 +876,6 @@ def test_a_wrong_preconditioner_is_refused(given, error, match):
     ("make", "match"),
     [
         (lambda: Diagonal(decay=1.0), r"Diagonal: decay=1.0 must be in \[0, 1\)"),
-        (lambda: Rows(decay=1.0), r"Rows: decay=1.0 must be in \[0, 1\)"),
-        (lambda: Rows(eps=-1.0), "Rows: eps=-1.0 must be finite and not negative"),
-        (lambda: Rows(relative_eps=math.inf), "Rows: relative_eps=inf must be finite and not negative"),
         (lambda: Kronecker(damping=0.0), "Kronecker: damping=0.0 must be positive and finite"),
         (lambda: EigenKronecker(refresh_every=0), "EigenKronecker: refresh_every=0 must be at least 1"),
         (lambda: EigenFactored(basis_decay=1.0), r"EigenFactored: basis_decay=1.0 must be in \[0, 1\)"),

@@ -18,7 +18,6 @@ from ddpn_fx.preconditioners.base import MOMENTS
 from ddpn_fx.preconditioners.elementwise import Diagonal, Factored
 from ddpn_fx.preconditioners.kronecker import EigenKronecker, Kronecker
 from ddpn_fx.preconditioners.rotated import EigenFactored
-from ddpn_fx.preconditioners.rows import Rows
 
 __all__ = [
     "Diagonal",
@@ -29,7 +28,6 @@ __all__ = [
     "Metric",
     "Moment",
     "Preconditioner",
-    "Rows",
     "Site",
     "make",
 ]
@@ -37,7 +35,6 @@ __all__ = [
 NAMED: dict[str, type[Any]] = {
     "diagonal": Diagonal,
     "factored": Factored,
-    "rows": Rows,
     "eigen-factored": EigenFactored,
     "kronecker": Kronecker,
     "eigen-kronecker": EigenKronecker,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,26 +35,6 @@ class Base:
                 raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} must be {rule}")
         if self.moments not in MOMENTS:
             raise ValueError(f"{type(self).__name__}: moments={self.moments!r} must be one of {MOMENTS}")
-
-
-class Averaging(Protocol):
-    """A preconditioner that keeps moving averages."""
-
-    @property
-    def decay(self) -> float:
-        """Of the averages."""
-        ...
-
-    @property
-    def bias_correction(self) -> bool:
-        """Whether they are corrected for their start at 0."""
-        ...
-
-
-def averaged(fresh: Tensor, old: Tensor, by: Averaging, step: Tensor) -> tuple[Tensor, Tensor]:
-    """The moving average with a batch's moments, corrected for its start, and as it is kept."""
-    new = old * by.decay + (1 - by.decay) * fresh
-    return (new / (1 - by.decay**step) if by.bias_correction else new), new
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
 from ddpn_fx.passes.numeric import worked_out
-from ddpn_fx.preconditioners.base import Base, Elementwise, averaged
+from ddpn_fx.preconditioners.base import Base, Elementwise
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Factored(Base):
         """Moments of the batch at hand included."""
         d = moment.direction.to(moment.dtype)
         if d.dim() < 2:
-            v, square = averaged(d * d, state["square_avg"], self, moment.step)
+            v, square = self._average(d * d, state["square_avg"], moment.step)
             return Elementwise(worked_out((v + self._floor(v)).sqrt())), {"square_avg": square}
         rows, columns, new = self.factors(d.flatten(1), state, moment.step)
         return Outer(rows, columns), new
@@ -102,12 +102,17 @@ class Factored(Base):
     def factors(self, d: Tensor, state: Mapping[str, Tensor], step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The diagonals of M's two sides, (O,) and (I,), and the new moments; d: (O, I)."""
         square = d * d
-        row, new_row = averaged(square.mean(1), state["row"], self, step)
-        column, new_column = averaged(square.mean(0), state["column"], self, step)
+        row, new_row = self._average(square.mean(1), state["row"], step)
+        column, new_column = self._average(square.mean(0), state["column"], step)
         floor = self._floor(row)
         rows = ((row + floor) / (row.mean() + floor)).sqrt()
         columns = (column + floor).sqrt()
         return worked_out(rows), worked_out(columns), {"row": new_row, "column": new_column}
+
+    def _average(self, fresh: Tensor, old: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The moving average with a batch's, corrected for its start, and as it is kept."""
+        new = old * self.decay + (1 - self.decay) * fresh
+        return (new / (1 - self.decay**step) if self.bias_correction else new), new
 
     def _floor(self, v: Tensor) -> Tensor:
         return self.relative_eps**2 * v.mean() + self.eps**2

@@ -13,9 +13,9 @@ in torch's allocations during one step, beside the weights, the optimizer's stat
     python examples/bench/step.py --models mlp --depth 8 --width 256
     python examples/bench/step.py --models all --device cuda --mode reduce-overhead
 
-`--methods` are of: default, nonlinear, rank2, full, diagonal, factored, rows, eigen-factored, kronecker,
-eigen-kronecker, groups, cg, eigen-factored-cg, open, adam, muon, soap (of `heavyball`, in the `bench` extra). Writes
-all figures as JSON and the table as Markdown.
+`--methods` are of: default, nonlinear, rank2, full, diagonal, factored, eigen-factored, kronecker, eigen-kronecker,
+groups, cg, eigen-factored-cg, open, adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON
+and the table as Markdown.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full": {"rank": None},
     "diagonal": {"preconditioner": "diagonal"},
     "factored": {"preconditioner": "factored"},
-    "rows": {"preconditioner": "rows"},
     "eigen-factored": TURNED,
     "kronecker": {"preconditioner": "kronecker"},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker"},

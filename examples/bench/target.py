@@ -56,7 +56,6 @@ PEERS: dict[str, Optimizers] = {"SOAP": soap, "Muon": muon}  # rows beside, whic
 OPTIMIZERS = BASELINES | PEERS
 DEFAULT = "DDPNOpt"
 GROUPS = "coupling 64"  # a row of its own where the batch is larger: the cheaper form for large batches
-SCALED = "rows, Nesterov 0.9, lr 0.01"  # a row of its own: one scale a row, at hardly more than the default's cost
 EIGEN = "eigen-factored, Nesterov 0.9, lr 0.01"  # a row of its own: the other setting that is one for all tasks
 EIGEN_GROUPS = f"{EIGEN}, coupling 64"  # the same in groups
 EIGEN_CG = f"{EIGEN}, cg 5"  # the same by conjugate gradients, on large batches of what is not dear
@@ -67,7 +66,6 @@ ADAM_LIKE = Diagonal(decay=0.99, bias_correction=True, relative_eps=0.01)
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     DEFAULT: (1.0, {}),
     GROUPS: (1.0, {"coupling": 64}),
-    SCALED: (0.01, {"preconditioner": "rows"}),
     EIGEN: (0.01, TURNED),
     EIGEN_GROUPS: (0.01, TURNED | {"coupling": 64}),
     EIGEN_CG: (0.01, TURNED | {"cg_iterations": 5}),
@@ -82,12 +80,12 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 
 
-TRIED_WHERE_DEAR = (DEFAULT, SCALED, EIGEN, EIGEN_GROUPS, "lr 3")
+TRIED_WHERE_DEAR = (DEFAULT, EIGEN, EIGEN_GROUPS, "lr 3")
 TUNED = "DDPNOpt, tuned"
 Chosen = dict[str, tuple[str, float]]  # row -> the method and value that were chosen for it
 
 
-ROWS = (DEFAULT, GROUPS, SCALED, EIGEN, EIGEN_GROUPS, EIGEN_CG, TUNED)
+ROWS = (DEFAULT, GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_CG, TUNED)
 BESIDE = (EIGEN_QR, EIGEN_PLAIN)  # rows that are shown where they are asked for
 
 
@@ -335,7 +333,7 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
     """On how many tasks the default reaches the target in so many steps and seconds, as the figures are."""
 
     def count(row: str, name: str, most: float) -> int:
-        plain = {EIGEN_GROUPS: EIGEN, GROUPS: DEFAULT}.get(row, row)  # the same thing where the batch is a group
+        plain = EIGEN if row == EIGEN_GROUPS else DEFAULT  # the same thing where the batch is a group
         rows = [s["rows"] | {"baseline": s["rows"][s["rival"]]} for s in summaries.values()]
         found = [(r[row if row in r else plain][name], r["baseline"][name]) for r in rows if {row, plain} & {*r}]
         return sum(mine is not None and mine <= most * theirs for mine, theirs in found)
@@ -346,7 +344,6 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
         f"{count(row, 'seconds', 0.75)}, at most 1.1 on {count(row, 'seconds', 1.1)}."
         for row, what in (
             (DEFAULT, "The default, one setting for all"),
-            (SCALED, "rows, one setting for all"),
             (EIGEN, "eigen-factored, one setting for all"),
             (EIGEN_QR, "eigen-factored with bases renewed as on a GPU"),
             (EIGEN_PLAIN, "eigen-factored without Nesterov's form"),
@@ -365,7 +362,7 @@ def picture(path: Path, benches: list[tuple[Bench, Chosen]]) -> None:
     for axes, (bench, chosen) in zip(panels, benches, strict=False):
         rival = bench.rival(chosen)
         colors = {rival: "#0072b2", DEFAULT: "#c1272d", GROUPS: "#009e73", EIGEN: "#9467bd", TUNED: "#e69f00"}
-        colors |= {EIGEN_PLAIN: "#e377c2", EIGEN_QR: "#000000", SCALED: "#17becf"}
+        colors |= {EIGEN_PLAIN: "#e377c2", EIGEN_QR: "#000000"}
         colors |= {EIGEN_GROUPS: "#8c564b", EIGEN_CG: "#bcbd22"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
         for row in (rival, *bench.peers, *ours(chosen)):
             curve = bench.curve(*chosen[row])
