@@ -48,17 +48,8 @@ def normalize(module: fx.GraphModule, parameter_nodes: set[str], off: Iterable[s
     """
     graph = module.graph
     rewrites = (
-        *(
-            average_pool,
-            affine_norm,
-            batch_norm,
-            prelu,
-            fake_quantize,
-            one_hot,
-            masked_assignment,
-            embedding_bag,
-            dense_lookup,
-        ),
+        *(average_pool, affine_norm, batch_norm, prelu, fake_quantize),
+        *(one_hot, masked_assignment, embedding_bag, dense_lookup),
         *(dropout, attention, likelihood, binary_likelihood),
         *(() if "linear-products" in off else (linear_products(_parameter_only(graph, parameter_nodes)),)),
         _no_op,

@@ -182,7 +182,7 @@ def _changed_runs(
     for sample in (0, captured.batch - 1):
         try:
             values = changed(sample, _with_changed_sample)
-        except (IndexError, RuntimeError):  # such as codes of a table's rows, kept as floats
+        except (IndexError, RuntimeError):  # out of the range that the model takes
             values = changed(sample, _with_values_of_others)
         runs.append((base, values, sample))
     return runs
@@ -190,8 +190,7 @@ def _changed_runs(
 
 def _with_values_of_others(leaf: Tensor, sample: int, generator: torch.Generator) -> Tensor:
     """One sample whose elements are those of other samples at their place: what the model takes there."""
-    leaf = leaf.clone()
-    rows = leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]
+    leaf, rows = leaf.clone(), _rows(leaf)
     shift = torch.randint(1, max(2, len(rows)), (rows.shape[1],), generator=generator)
     other = ((sample + shift) % len(rows)).to(leaf.device)
     leaf[sample] = rows.gather(0, other[None])[0].reshape(leaf[sample].shape)
@@ -199,12 +198,20 @@ def _with_values_of_others(leaf: Tensor, sample: int, generator: torch.Generator
 
 
 def _with_changed_sample(leaf: Tensor, sample: int, generator: torch.Generator) -> Tensor:
-    """One sample changed in every element: floats move, integers and flags take other values of the batch's range."""
+    """One sample changed in every element: floats move, integers and flags take other values of the batch's range.
+
+    Floats that are whole numbers throughout may be codes, of a table's rows: they take other samples' values.
+    """
+    own, others = leaf[sample], _with_values_of_others(leaf, sample, generator)
     leaf = leaf.clone()
-    own = leaf[sample]
     if differentiable(leaf):
         scale = leaf.abs().mean() + 1e-3
-        leaf[sample] = own + scale * torch.randn(own.shape, generator=generator, dtype=torch.float64).to(leaf)
+        moved = own + scale * torch.randn(own.shape, generator=generator, dtype=torch.float64).to(leaf)
+        if leaf.is_floating_point():
+            rows = _rows(leaf)
+            codes = (rows == rows.round()).all(0) & (rows != rows[:1]).any(0)
+            moved = torch.where(codes.reshape(own.shape), others[sample], moved)
+        leaf[sample] = moved
         return leaf
     values = leaf.to(torch.int64)
     low, count = int(values.min()), int(values.max() - values.min()) + 1
@@ -212,6 +219,11 @@ def _with_changed_sample(leaf: Tensor, sample: int, generator: torch.Generator) 
         shift = torch.randint(1, count, own.shape, generator=generator).to(leaf.device)
         leaf[sample] = (low + (values[sample] - low + shift) % count).to(leaf.dtype)
     return leaf
+
+
+def _rows(leaf: Tensor) -> Tensor:
+    """(B, elements of a sample)."""
+    return leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]
 
 
 def _randomised(parameter: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from ddpn_fx.passes.custom_function import CustomFunction
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.ir import Kind
 from ddpn_fx.passes.pipeline import build_chain
+from ddpn_fx.passes.probe import _with_changed_sample
 
 
 class Model(nn.Module):
@@ -504,6 +505,17 @@ def test_codes_among_floats(tmp_path):
         subprocess.run([sys.executable, tmp_path / script], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_changed_sample_keeps_to_the_codes_of_the_batch(dtype):
+    """On a GPU a row that a table does not have ends the process: the first trial run has to be right there."""
+    generator = torch.Generator().manual_seed(0)
+    leaf = torch.stack([torch.tensor([3.0, 50.0, 7.0]), torch.ones(3), torch.tensor([0.5, 1.0, 2.0])], 1).to(dtype)
+    changed = [_with_changed_sample(leaf, 0, generator) for _ in range(20)]
+    assert all(torch.equal(c[1:], leaf[1:]) and bool((c[0] != leaf[0])[1:].all()) for c in changed)
+    if dtype is torch.float32:
+        assert {float(c[0, 0]) for c in changed} == {50.0, 7.0}
+
+
 def test_codes_among_floats_do_not_hide_mixing():
     """The sample that a trial run changes takes the values of others: an attention over the batch still shows."""
 
@@ -590,14 +602,14 @@ def test_a_likelihood_of_probabilities_trains_as_that_of_logits(name):
     end, loss, plain, of_logits, target = LIKELIHOODS[name]
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     models = ending(end), ending(plain)
-    for model, criterion in zip(models, (loss, of_logits), strict=True):
+    for model, last, criterion in zip(models, (end, plain), (loss, of_logits), strict=True):
         before = criterion(model(x), target)
         net = ddpn_fx.compile(model, loss=criterion, backend="eager")
         opt = ddpn_fx.DDPNOpt(net, lr=0.5)
         torch.testing.assert_close(opt.train_step(x, target), before.detach())
         opt.train_step(x, target)
         assert net.chain.loss_node is not None
-        torch.testing.assert_close(net(x), end(model.fc2(torch.tanh(model.fc1(x)))) if model is models[0] else net(x))
+        torch.testing.assert_close(net(x), last(model.fc2(torch.tanh(model.fc1(x)))))
     for got, want in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
