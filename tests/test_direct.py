@@ -279,6 +279,6 @@ def test_fusion_attempts(operands, monkeypatch, option, present, expected):
         return original(*args, config_patches=config_patches, **kwargs)
 
     monkeypatch.setattr(compile_fx, "compile_fx", spied)
-    monkeypatch.setattr(config, name, present)
-    Direct(graph(*operands), {} if option is None else {"options": {name: option}})(*operands)
+    with config.patch({name: present}):
+        Direct(graph(*operands), {} if option is None else {"options": {name: option}})(*operands)
     assert given[0][name] == expected
