@@ -77,15 +77,15 @@ def compile(
         TypeError: ``model`` is not a module, ``loss`` not callable, ``passes`` no mapping of names to bools, or an
             argument unknown to ``torch.compile``.
         ValueError: a backend, mode or option that ``torch.compile`` does not know, a loss with trainable
-            parameters of its own, an exported program with its batch size written into it, or ``passes`` with an
-            unknown name or a pass that nothing works without.
+            parameters of its own, a lazy module that has seen no batch, an exported program with its batch size written
+            into it, or ``passes`` with an unknown name or a pass that nothing works without.
 
     Equivalent to ``torch.compile(model)`` where no ``DDPNOpt`` is made.
     """
     if isinstance(model, CompiledModule):
         raise TypeError("ddpn_fx.compile: the module is already compiled by ddpn_fx; pass the original module")
     model = as_module(model)
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    lazy = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if nn.parameter.is_lazy(t)]
     if lazy:
         raise ValueError(
             f"ddpn_fx.compile: {lazy[0]!r} of {type(model).__name__} has no shape yet (a lazy module); "

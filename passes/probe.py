@@ -59,13 +59,16 @@ def probe(
         CaptureError: a rewrite of the normal form changed what the graph computes.
     """
     generator = torch.Generator().manual_seed(0)
+    # What the trial runs hold: noise and batch statistics, and those of what comes before all controls (a frozen batch
+    # norm's), which no control can move.
+    fixed = {n for n, k in kind.items() if k in HELD} | {*of_the_whole_batch(captured, kind, Kind.CONTEXT)}
     with torch.no_grad(), random_state(params.values()):
         base = evaluate(captured, placeholder_values(captured, params, buffers, captured.example))
         _check_rewrites(captured, base, kind)
-        runs = _changed_runs(captured, base, params, buffers, kind, generator)
+        runs = _changed_runs(captured, base, params, buffers, fixed, generator)
         random = {n: _randomised(p, generator) for n, p in params.items()}
         other = evaluate(captured, placeholder_values(captured, random, buffers, captured.example))
-        runs += _changed_runs(captured, other, random, buffers, kind, generator)
+        runs += _changed_runs(captured, other, random, buffers, fixed, generator)
     sizes = {n: tuple(v.shape) for n, v in base.items() if isinstance(v, Tensor)}
     result = Probe(kind, sizes, _expected(captured, sizes))
     indices = captured.output_indices if captured.loss_index is None else [captured.loss_index]
@@ -163,15 +166,10 @@ def _changed_runs(
     base: Values,
     params: dict[str, Tensor],
     buffers: dict[str, Tensor],
-    kind: dict[fx.Node, Kind],
+    fixed: Set[fx.Node],
     generator: torch.Generator,
 ) -> list[tuple[Values, Values, int]]:
-    """(base, values with one sample changed, which sample), for the first and the last sample.
-
-    Noise and batch statistics are held; those of what comes before all controls too, a frozen batch norm's, which no
-    control can move.
-    """
-    fixed = {n for n, k in kind.items() if k in HELD} | {*of_the_whole_batch(captured, kind, Kind.CONTEXT)}
+    """(base, values with one sample changed, which sample), for the first and the last sample."""
 
     def changed(sample: int, change: Callable[[Tensor, int, torch.Generator], Tensor]) -> Values:
         pairs = zip(captured.example, captured.batched, strict=True)
@@ -202,15 +200,16 @@ def _with_changed_sample(leaf: Tensor, sample: int, generator: torch.Generator) 
 
     Floats that are whole numbers throughout may be codes, of a table's rows: they take other samples' values.
     """
-    own, others = leaf[sample], _with_values_of_others(leaf, sample, generator)
     leaf = leaf.clone()
+    own = leaf[sample]
     if differentiable(leaf):
         scale = leaf.abs().mean() + 1e-3
         moved = own + scale * torch.randn(own.shape, generator=generator, dtype=torch.float64).to(leaf)
         if leaf.is_floating_point():
             rows = _rows(leaf)
             codes = (rows == rows.round()).all(0) & (rows != rows[:1]).any(0)
-            moved = torch.where(codes.reshape(own.shape), others[sample], moved)
+            others = _with_values_of_others(leaf, sample, generator)[sample]
+            moved = torch.where(codes.reshape(own.shape), others, moved)
         leaf[sample] = moved
         return leaf
     values = leaf.to(torch.int64)

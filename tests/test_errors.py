@@ -644,6 +644,9 @@ def test_export_before_anything_was_captured(tmp_path):
 
 
 def test_a_lazy_module_is_asked_for_a_batch():
+    statistics = nn.Sequential(nn.LazyBatchNorm1d(affine=False), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"'0.running_mean' of Sequential has no shape yet"):
+        ddpn_fx.compile(statistics, loss=F.cross_entropy)
     model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"'0.weight' of Sequential has no shape yet.*call the model on a batch first"):
         ddpn_fx.compile(model, loss=F.cross_entropy)

@@ -113,7 +113,7 @@ def verdict(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Task]) -
     pages = []
     for row in OURS:
         counts = []
-        for kind in next(iter(found.values())):
+        for kind in next(iter(found.values()), ()):
             figures = [(about[key].higher, kinds[kind]) for key, kinds in found.items()]
             ahead = sum(
                 (end := f["rows"][row]["end"]) is not None and (end > f["target"] if higher else end < f["target"])
@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--times", metavar="N", type=int, default=1, help="as many steps as target.py's (default: 1)")
     parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.times < 1:
+        parser.error(f"--times {options.times}: a training has at least as many steps as target.py's")
     if options.out == RESULTS and (options.times, tuple(options.kinds)) != (1, KINDS):
         parser.error("--kinds, --times: name a file of its own by --out; the recorded one has all kinds, once as long")
     ddpn_fx.keep_freed_memory()
