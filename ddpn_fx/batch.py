@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -138,3 +139,9 @@ def same_structure(known: tuple[Any, ...], batch: Any) -> bool:
         if described[3] != tuple(t.shape[1:] if described[2] else t.shape) or (described[2] and t.dim() == 0):
             return False
     return True
+
+
+def full_precision(params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+    """Outside the caller's autocast, whose casts are part of the captured graph already."""
+    kind = next(iter(params.values())).device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

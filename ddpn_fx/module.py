@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.export import ExportedProgram
 
 from ddpn_fx import journal
 from ddpn_fx.batch import autocast, check_batch, finite, same_structure, split_inputs, structure
+from ddpn_fx.calls import call, followed
 from ddpn_fx.passes.capture import borrowed
 from ddpn_fx.passes.catalogue import switched_off
 from ddpn_fx.passes.errors import CaptureError
@@ -33,10 +35,11 @@ from ddpn_fx.passes.pipeline import build_chain
 from ddpn_fx.sources import as_module
 
 _PREFIXES = ("_orig_mod.", "module.")
-_OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile")
+_OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile", "_followers", "_plain")
 _PLAIN = (bool, int, float, str, type(None))
 _PLAIN_TYPES = frozenset(_PLAIN)
 REGISTRIES = frozenset(nn.Module().__dict__)
+_MARKS = frozenset({"_is_torch_compile"})  # that torch.compile leaves on a module
 
 
 def compile(
@@ -155,11 +158,15 @@ class CompiledModule(nn.Module):
 
     _forward: Callable[..., Any] | None
 
+    _followers: weakref.WeakSet[Any]  # optimizers
+
     def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         # Nothing of nn.Module's own state: registries, hooks and flags are all the module's (see __getattr__).
         own = self.__dict__
         own["_original"], own["_options"] = model, dict(options)
         own["_chains"], own["_lowered"], own["_forward"], own["_volatile"] = {}, {}, None, frozenset()
+        own["_followers"] = weakref.WeakSet()
+        own["forward"] = own["_plain"] = _signed(self, model)
 
     # -- what ddpn_fx adds -------------------------------------------------------------------------
 
@@ -275,7 +282,13 @@ class CompiledModule(nn.Module):
         for i, module in enumerate(model.modules()):
             own = module.__dict__
             settings.append(
-                tuple([(n, v) for n, v in own.items() if type(v) in _PLAIN_TYPES and (i, n) not in volatile])
+                tuple(
+                    [
+                        (n, v)
+                        for n, v in own.items()
+                        if type(v) in _PLAIN_TYPES and n not in _MARKS and (i, n) not in volatile
+                    ]
+                )
             )
             before, after = own.get("_forward_pre_hooks"), own.get("_forward_hooks")
             if before or after:
@@ -290,10 +303,18 @@ class CompiledModule(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own call, hooks included, compiled by the same backend."""
-        return self.forward(*args, **kwargs)
+        given = self.__dict__["forward"]
+        run = self._called if given is self.__dict__["_plain"] else given
+        return run(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own call, hooks included, compiled by the same backend."""
+        return self._called(*args, **kwargs)
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        return call(self, args, kwargs) if followed(self) else self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         options = self._options
         if options["backend"] in (None, "eager"):
             return self._original(*args, **kwargs)
@@ -330,13 +351,17 @@ class CompiledModule(nn.Module):
         return getattr(self.__dict__["_original"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
+        if name in _OWN or (name == "forward" and _calls_wrapper(self, value)):
             self.__dict__[name] = value
         else:
             setattr(self._original, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._original, name)
+        own = self.__dict__
+        if name == "forward" and own[name] is not own["_plain"]:
+            own[name] = own["_plain"]
+        else:
+            delattr(self._original, name)
 
     def __getitem__(self, index: Any) -> Any:
         return self._original[index]
@@ -376,6 +401,30 @@ class CompiledModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledModule, (self._original, self._options)
+
+
+def _signed(net: CompiledModule, model: nn.Module) -> Callable[..., Any]:
+    """The wrapper's forward with the module's signature, by which the HF Trainer tells a batch's columns."""
+    this = weakref.ref(net)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        wrapper = this()
+        assert wrapper is not None
+        return wrapper._called(*args, **kwargs)
+
+    with suppress(ValueError, TypeError):  # of a forward pass that is not Python's
+        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _calls_wrapper(net: CompiledModule, function: Any) -> bool:
+    """Whether a function is the wrapper's own forward in other clothes, as Accelerate sets one: not the module's."""
+    while function is not None:
+        if function in (CompiledModule.forward, net.__dict__["_plain"]):
+            return True
+        found = (getattr(function, name, None) for name in ("__func__", "__wrapped__", "func"))
+        function = next((f for f in found if f is not None), None)
+    return False
 
 
 def _forwarded(name: str) -> Callable[..., Any]:

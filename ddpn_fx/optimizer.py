@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, Self
 
 import torch
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 
 from ddpn_fx import journal, preconditioners
 from ddpn_fx import terminal as terminals
-from ddpn_fx.batch import split_batch
+from ddpn_fx.batch import full_precision, split_batch
 from ddpn_fx.faults import Faults
 from ddpn_fx.kept import Kept
 from ddpn_fx.last import Last, stage_figures
@@ -33,11 +32,12 @@ from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
 from ddpn_fx.passes.metric import Preconditioner
-from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, STATISTICS, Hyper, Mode
+from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, FAULT_TARGET, STATISTICS, Hyper, Mode
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
 from ddpn_fx.ready import Given, Ready, entries_of, normal
 from ddpn_fx.structure import mode_of, refuse_iterations, refuse_mixing, structure_of
+from ddpn_fx.usual import UsualLoop
 
 
 class DDPNOpt(Optimizer):
@@ -153,10 +153,12 @@ class DDPNOpt(Optimizer):
         self._vector: tuple[Any, Tensor] | None = None
         self._kept = Kept()
         self._faults = Faults()
+        self._usual = UsualLoop()
         self._fold_allowed = not isinstance(gain, Tensor)
         refuse_iterations(self)
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         check_nesterov(nesterov, beta1, self.param_groups)
+        net._followers.add(self)
 
     @classmethod
     def paper(
@@ -245,24 +247,44 @@ class DDPNOpt(Optimizer):
         the model runs in the lower precision, and the recursion in float32 as always. On a GPU nothing here waits for
         the device, so a ``LossError`` may come some steps late; no faulty step changes a weight.
         """
+        self._usual.ends_in_step = self._usual.ends_in_step or False
+        return self._take(inputs, target)
+
+    def _ready_for(self, given: Given) -> Ready | None:
+        """What steps on such a batch run, where that is made already."""
+        ready = self._ready.get((given.key(), structure_of(self)))
+        return ready if ready is not None and ready.holds() else None
+
+    def _take(
+        self,
+        inputs: Any,
+        target: Any,
+        wrong: Tensor | None = None,
+        run: Callable[[Ready, Given, Tensor], Tensor] = Ready.run,
+    ) -> Tensor:
+        """One step on one batch, in whole or in part; it changes nothing where ``wrong``, a 0-d tensor, is set."""
         with torch.inference_mode(False), torch.no_grad():
             given = Given(inputs, target)
-            key = given.key(), structure_of(self)
-            ready = self._ready.get(key)
-            if ready is None or not ready.holds():
+            ready = self._ready_for(given)
+            if ready is None:
                 self._ready = {k: r for k, r in self._ready.items() if r.holds()}  # no weights of before are kept
-                ready = self._ready[key] = self._make_ready(inputs, target)
+                ready = self._ready[given.key(), structure_of(self)] = self._make_ready(inputs, target)
             program, params = ready.lowered.program, ready.params
             vector = self._hyper_vector(params)
-            with _full_precision(params):
-                values = ready.run(given, vector)
+            if wrong is not None:
+                vector = torch.where(wrong, torch.nan, vector)  # which no step survives
+            with full_precision(params):
+                values = run(ready, given, vector)
+            if wrong is not None:
+                values[STATISTICS.index("fault")].masked_fill_(wrong, FAULT_TARGET)
             self._kept.refresh(program, self.state, params)
         self._values = values[: len(STATISTICS)]
         self._last = Last(program, given.leaves, given.spec)
         self.stage_stats = stage_figures(values) if self._figures_wanted else {}
         self._figures_wanted = False
         self._opt_called = True  # torch's schedulers look for a step before theirs
-        if getattr(self._factor, "floor", None) is not None or program.chain.loss_node is None:
+        faulty = wrong is not None or getattr(self._factor, "floor", None) is not None
+        if faulty or program.chain.loss_node is None:
             for arrived in self._faults.arrived(self._values):
                 self._raise_fault(dict(zip(STATISTICS, arrived.tolist(), strict=True)))
         return self._values[STATISTICS.index("loss")]
@@ -272,18 +294,42 @@ class DDPNOpt(Optimizer):
         """Of the last step: loss, predicted decrease, max |y|, clamps, skipped; 0-d tensors, not synchronised."""
         return {} if self._values is None else dict(zip(STATISTICS, self._values.unbind(), strict=True))
 
-    def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
-        """Not available: the step needs the batch, which ``loss.backward()`` does not keep.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on the batch that the loss's gradient has come back for: the end of the usual loop.
+
+        ``loss = loss_fn(net(x), y); loss.backward(); opt.step()`` takes the step of ``opt.train_step(x, y)`` with
+        ``loss_fn`` as ``compile``'s ``loss=``. The target is worked out from the gradient that reached the output and
+        checked against the loss (:mod:`ddpn_fx.targets`). What was done to ``.grad`` in between, such as clipping, has
+        no part in the step. The model runs once more in it, so ``train_step`` is the faster of the two.
+
+        Args:
+            closure: calls the model, the loss and ``backward()``, as ``torch.optim``'s.
+
+        Returns:
+            What the closure returns; None without one.
 
         Raises:
-            RuntimeError: always, with the call to use instead.
+            RuntimeError: no gradient, or that of several batches, has come back since the last step; or the weights
+                have changed since.
+            LossError: the gradient is not one of the loss for any target.
+            Exception: as :meth:`train_step`.
         """
-        raise RuntimeError(
-            "DDPNOpt.step() has no batch to roll its policy out on. Replace\n"
-            "    loss = loss_fn(net(x), y); loss.backward(); opt.step()\n"
-            "by\n"
-            "    loss = opt.train_step(x, y)"
-        )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._usual.step(self)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``; a backward pass before it has no part in the next step."""
+        super().zero_grad(set_to_none)
+        self._usual.calls.clear()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """For ``torch.amp.GradScaler``, which then says by what it has multiplied the loss."""
+        return True
 
     def _raise_fault(self, stats: Mapping[str, float]) -> None:
         fault = stats["fault"]
@@ -301,6 +347,18 @@ class DDPNOpt(Optimizer):
                 "so it has no per-sample terminal model; no weight was changed. Use terminal='gradient', "
                 "or a loss that is a weighted sum over samples"
             )
+        if fault == FAULT_TARGET:
+            self._raise_wrong_target()
+
+    def _raise_wrong_target(self) -> NoReturn:
+        loss = self.net._options["loss"]
+        name = "the model's own" if loss is None else f"loss={getattr(loss, '__name__', type(loss).__name__)}"
+        raise LossError(
+            f"DDPNOpt.step: the gradient that reached the model's output is not that of {name} for any target that "
+            "could be worked out (was the loss scaled, a term added, or another loss called than loss= of "
+            "ddpn_fx.compile?); no weight was changed. Pass the loss that the loop calls to ddpn_fx.compile, or use "
+            "opt.train_step(x, y)"
+        )
 
     # -- programs ----------------------------------------------------------------------------------
 
@@ -342,7 +400,7 @@ class DDPNOpt(Optimizer):
         chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
         shared = (*key[:2], net._signature(params, buffers), mode)
         if shared not in net._lowered:
-            with _full_precision(params):
+            with full_precision(params):
                 net._lowered[shared] = self._lower(chain, mode, leaves, batch, params)
             journal.compiled(self)
         self._programs[present] = net._lowered[shared]
@@ -445,9 +503,5 @@ class DDPNOpt(Optimizer):
         self.__dict__.setdefault("stage_stats", {})
         self.__dict__.setdefault("_figures_wanted", False)
         self.__dict__.setdefault("_last", None)
-
-
-def _full_precision(params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
-    """Outside the caller's autocast, whose casts are part of the captured graph already."""
-    kind = next(iter(params.values())).device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        self.__dict__.setdefault("_usual", UsualLoop())
+        self.net._followers.add(self)

@@ -7,7 +7,7 @@ to step, and that it is can be seen at a fraction of the price.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
@@ -143,7 +143,7 @@ class Ready:
 
     def run(self, given: Given, vector: Tensor) -> Tensor:
         """The statistics vector of one step on a batch; the rest is written in place."""
-        flat = [*self._before, *given.tensors, vector, *self._after]
+        flat = self._flat(given, vector)
         if self._program is not None and self._apart(given):
             return self._program(*flat)[0]
         run = self.lowered.run
@@ -157,3 +157,20 @@ class Ready:
     def _apart(self, given: Given) -> bool:
         """Whether the batch is in memory of its own, so that what held for the first one holds for it."""
         return given.plain and all([t.untyped_storage().data_ptr() not in self._homes for t in given.tensors])
+
+    def first(self, given: Given) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's outputs, and what the second half reads of what made them, these included; nothing is written."""
+        halves = self.lowered.halves
+        assert halves is not None
+        results = halves.first(self._flat(given, None))
+        return results[: halves.outputs], [t.detach() for t in results]
+
+    def second(self, given: Given, handed: Sequence[Tensor], vector: Tensor) -> Tensor:
+        """The statistics vector of the step whose first half has run; the rest is written in place."""
+        halves = self.lowered.halves
+        assert halves is not None
+        (values,) = halves.second(self._flat(given, vector), handed)
+        return values
+
+    def _flat(self, given: Given, vector: Tensor | None) -> list[Any]:
+        return [*self._before, *given.tensors, vector, *self._after]

@@ -8,23 +8,26 @@ them in place and returns the statistics alone. The graph exists before any back
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ddpn_fx.passes.catalogue import log_off
+from ddpn_fx.passes.catalogue import expanded, log_off
 from ddpn_fx.passes.derive import NotSharedError, Sharing, shared
 from ddpn_fx.passes.direct import direct
 from ddpn_fx.passes.functional import make_functional
 from ddpn_fx.passes.fuse import fuse
 from ddpn_fx.passes.guard import random_state
+from ddpn_fx.passes.halves import Halves, halve
 from ddpn_fx.passes.ir import HELD
 from ddpn_fx.passes.log import PassRecord, log, op_counts, timed
 from ddpn_fx.passes.mode import Hyper
@@ -42,6 +45,13 @@ class Signature:
     buffers: tuple[str, ...]
     state: tuple[str, ...]
     leaves: int
+
+    def late(self, program: Program) -> list[int]:
+        """Positions of what is not there yet when the model's output is asked for: the target, and the numbers."""
+        captured = program.chain.captured
+        _, _, target = pytree.tree_unflatten(program.is_tensor, captured.spec)
+        vector = len(self.params) + len(self.buffers) + self.leaves
+        return list(range(vector - sum(pytree.tree_leaves(target)), vector + 1))
 
     @property
     def lasting(self) -> list[int]:
@@ -97,7 +107,7 @@ class Lowered:
 
     ``module`` is the fused graph; None where tracing is disabled. ``vector`` and ``shapes`` (of the
     batch's tensors and the optimiser state) are what it takes to make inputs for inspection, beside the
-    few samples on which the model was captured: of the batch itself nothing is kept.
+    few samples on which the model was captured: of the batch itself nothing is kept. ``cut`` makes the halves.
     """
 
     program: Program
@@ -107,6 +117,12 @@ class Lowered:
     vector: Tensor
     shapes: list[tuple[torch.Size, torch.dtype, torch.device]]
     records: list[PassRecord] = field(default_factory=list)
+    cut: Callable[[], Halves | None] = lambda: None
+
+    @cached_property
+    def halves(self) -> Halves | None:
+        """The step cut in two at the model's output; None where it is not traced, or cannot be cut."""
+        return self.cut()
 
     def sample(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> list[Tensor]:
         """Inputs to run the graphs on: copies of present weights and buffers, a batch of the capture's, empty state."""
@@ -155,10 +171,11 @@ def lower(
     flat = names.flatten(params, buffers, leaves, vector, state)
     records: list[PassRecord] = []
     written: list[tuple[int, int]] = []
+    whole = [False]
 
     def step(*tensors: Tensor) -> list[Tensor]:
         p, b, x, v, s = names.unflatten(tensors, program)
-        new_p, new_b, new_s, statistics = program.step(p, b, x, v, s)
+        new_p, new_b, new_s, statistics, made = program.step(p, b, x, v, s)
         position = {
             (k, n): i
             for i, (k, n) in enumerate([*(("p", n) for n in names.params), *(("b", n) for n in names.buffers)])
@@ -171,7 +188,8 @@ def lower(
             for name, value in new.items():
                 written.append((position[kind, name], len(outputs)))
                 outputs.append(value)
-        return outputs
+        whole[0] = all(t is not None for t in made)
+        return [*outputs, *(t for t in made if t is not None)]
 
     with timed("trace", records) as record:
         module = trace(step, flat)
@@ -180,6 +198,7 @@ def lower(
     with timed("fuse", records, module.graph) as record:
         _write_in_place(module, written)
         fuse(module, program.mode.off)
+        ends = _drop_outputs(module, program.mode.off) if whole[0] else []
         _name_placeholders(module, names)
         record.after = op_counts(module.graph)
     run: Callable[..., Any] = module
@@ -187,7 +206,26 @@ def lower(
         with timed("lower", records, module.graph) as record:
             run = direct(module, backend, compile_kwargs, names.lasting)
             record.after = op_counts(module.graph)
-    return Lowered(program, names, module, run, vector.clone(), shapes, records)
+
+    def cut() -> Halves | None:
+        halves = halve(module, ends, names.late(program)) if ends else None
+        if halves is not None and backend != "eager":
+            for half in (halves.first, halves.second):
+                half.compile(backend, compile_kwargs, names.lasting)
+        return halves
+
+    return Lowered(program, names, module, run, vector.clone(), shapes, records, cut)
+
+
+def _drop_outputs(module: fx.GraphModule, off: Iterable[str]) -> list[fx.Node]:
+    """Return the statistics alone again; the nodes of the model's outputs, where all of them are still needed."""
+    output = module.graph.output_node()
+    values, *ends = output.args[0]  # type: ignore[misc,union-attr]
+    output.args = ((values,),)
+    if "dead-code" not in expanded(off):
+        module.graph.eliminate_dead_code()
+    left = set(module.graph.nodes)
+    return ends if all(n in left for n in ends) else []
 
 
 def _untraced(program: Program, names: Signature) -> Callable[..., tuple[Tensor]]:
@@ -196,7 +234,7 @@ def _untraced(program: Program, names: Signature) -> Callable[..., tuple[Tensor]
     def run(*flat: Tensor) -> tuple[Tensor]:
         params, buffers, leaves, vector, state = names.unflatten(flat, program)
         with _quiet():
-            new_params, new_buffers, new_state, statistics = program.step(params, buffers, leaves, vector, state)
+            new_params, new_buffers, new_state, statistics, _ = program.step(params, buffers, leaves, vector, state)
         for old, new in ((params, new_params), (buffers, new_buffers), (state, new_state)):
             for name, value in new.items():
                 old[name].copy_(value)
@@ -251,7 +289,7 @@ class _Relabelled(fx.Interpreter):
 
 
 def _write_in_place(module: fx.GraphModule, written: Sequence[tuple[int, int]]) -> None:
-    """Turn outputs that update an input into ``copy_`` nodes; the first output stays."""
+    """Turn outputs that update an input into ``copy_`` nodes; the first output stays, and those after them."""
     graph = module.graph
     output = next(n for n in graph.nodes if n.op == "output")
     values = output.args[0]
@@ -265,7 +303,7 @@ def _write_in_place(module: fx.GraphModule, written: Sequence[tuple[int, int]]) 
                     **{k: v for k, v in values[index].meta.items() if k in ("val", "stage", "module_path")},
                 }
             )
-    output.args = ((values[0],),)
+    output.args = ((values[0], *values[1 + len(written) :]),)
     graph.lint()
 
 

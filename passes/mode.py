@@ -16,6 +16,7 @@ STATISTICS = ("loss", "predicted_decrease", "max_y", "clamps", "clipped", "skipp
 # Values of the "fault" statistic.
 FAULT_FLOOR = 1.0
 FAULT_MIXING = 2.0
+FAULT_TARGET = 3.0
 
 
 @dataclass

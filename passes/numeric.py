@@ -29,3 +29,12 @@ def worked_out(t: Tensor) -> Tensor:
     For small tensors that large ones are scaled by, element for element.
     """
     return torch.as_strided(t, t.shape, t.stride())  # a view of which Inductor asks for the memory
+
+
+def rounding(*dtypes: torch.dtype) -> float:
+    """How far values that should agree may lie apart, relative to the largest.
+
+    A thousand rounding units of the coarsest dtype; of one with few digits, sixteen.
+    """
+    eps = max(torch.finfo(d).eps for d in dtypes)
+    return 1e3 * eps if eps < 1e-4 else 16 * eps

@@ -22,7 +22,7 @@ from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.ir import HELD, Kind, Layout
 from ddpn_fx.passes.linearize import attribute
-from ddpn_fx.passes.numeric import differentiable
+from ddpn_fx.passes.numeric import differentiable, rounding
 from ddpn_fx.passes.objective import Captured, placeholder_values
 from ddpn_fx.passes.provenance import describe
 from ddpn_fx.passes.rewrites.losses import SHARPER
@@ -270,7 +270,7 @@ class Differences:
         if not differentiable(before):
             differs = (before != after).double()
             return cls(sample, _most(differs, other), torch.zeros(before.shape[dim], dtype=torch.float64), 0.0)
-        tolerance = 1e3 * torch.finfo(before.dtype).eps
+        tolerance = rounding(before.dtype)
         gap = (before - after).abs() - tolerance * after.abs()
         gap = torch.where((before == after) | (before.isnan() & after.isnan()), torch.zeros_like(gap), gap)
         gap = torch.where(gap.isnan() | ~after.isfinite() & (gap != 0), torch.full_like(gap, torch.inf), gap)

@@ -111,10 +111,11 @@ class Program:
         leaves: Sequence[Any],
         vector: Tensor,
         state: Mapping[str, Tensor],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """One whole step: ``(new parameters, new buffers, new optimiser state, statistics vector)``.
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor, list[Tensor | None]]:
+        """One whole step: ``(new parameters, new buffers, new optimiser state, statistics vector, outputs)``.
 
-        A step whose factors are not finite (or that met a fault) returns everything unchanged.
+        A step whose factors are not finite (or that met a fault) returns everything unchanged. The outputs are the
+        model's, its loss where it returns one; None for one that nothing of the step needs.
         """
         hyper = Hyper.unpack(vector)
         with self.kernels():
@@ -128,4 +129,6 @@ class Program:
             moved = new_buffers(self.chain, trajectory)
             kept_buffers = {n: torch.where(skipped, buffers[n], t) for n, t in moved.items()}
             packed = pack(statistics, vector.dtype)
-        return new_params, kept_buffers, kept_state, packed
+        captured = self.chain.captured
+        outputs = [trajectory.env.get(captured.outputs[i]) for i in captured.output_indices] or [trajectory.loss]
+        return new_params, kept_buffers, kept_state, packed, outputs

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from ddpn_fx.passes.errors import CaptureError
-from ddpn_fx.passes.numeric import differentiable
+from ddpn_fx.passes.numeric import differentiable, rounding
 from ddpn_fx.passes.objective import Captured, Objective, placeholder_values
 
 
@@ -94,9 +94,16 @@ def close(a: Tensor | None, b: Tensor | None) -> bool:
         return other is None or not bool(other.detach().any())
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    eps = torch.finfo(a.dtype).eps if differentiable(a) else 0.0
+    tolerance = _tolerance(a) if differentiable(a) else 0.0
     finite = a.detach().abs()[a.isfinite()]
     scale = float(finite.max()) if finite.numel() else 0.0
     return bool(
-        torch.allclose(a.detach(), b.detach(), rtol=1e3 * eps, atol=1e3 * eps * max(scale, 1.0) + 1e-12, equal_nan=True)
+        torch.allclose(a.detach(), b.detach(), rtol=tolerance, atol=tolerance * max(scale, 1.0) + 1e-12, equal_nan=True)
     )
+
+
+def _tolerance(t: Tensor) -> float:
+    """Of the tensor's own dtype, or of the lower one that autocast runs in."""
+    kind = t.device.type
+    low = (torch.get_autocast_dtype(kind),) if torch.is_autocast_enabled(kind) else ()
+    return rounding(t.dtype, *low)

@@ -120,7 +120,7 @@ def test_a_step_runs_without_values(name):
     params = {n: bare(p.detach()) for n, p in net.named_parameters()}
     state = opt._kept.of(lowered.program, opt.state, dict(net.named_parameters()))
     with torch.no_grad():
-        new, _, _, statistics = lowered.program.step(
+        new, _, _, statistics, _ = lowered.program.step(
             params, {}, [bare(t) for t in batch()], bare(lowered.vector), {k: bare(t) for k, t in state.items()}
         )
     assert statistics.device.type == "meta"

@@ -1,0 +1,190 @@
+"""Calls: the usual loop, ``loss_fn(net(x), y).backward(); opt.step()``, as the optimizer sees it.
+
+A call of the compiled module in training notes its batch; the backward pass brings the gradient to its outputs; the
+step takes the two. Whatever is noted lives as long as the output's autograd graph, and after the backward pass until
+the step, or until the next call's gradient: at most one batch is held by an optimizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ddpn_fx.batch import autocast
+from ddpn_fx.targets import Arrived
+
+if TYPE_CHECKING:
+    from ddpn_fx.module import CompiledModule
+
+
+class Call:
+    """One call of a compiled module in training.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        leaves: of the output, detached; empty until it is there.
+        spec: the output's tree.
+        gradients: dJ/d(output leaf) by the leaf's index, once the backward pass has brought them.
+        begun: the first half of the step, where it was what ran (:mod:`ddpn_fx.usual`).
+
+    Args:
+        net: the module.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    def __init__(self, net: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.args, self.kwargs, self._model = args, kwargs, net._original
+        self.begun: Any = None
+        self.leaves: list[Any] = []
+        self.gradients: dict[int, Tensor] = {}
+        self.spec = pytree.tree_structure(None)
+        self._followers = list(map(weakref.ref, net._followers))
+        self._params = list(net.parameters())
+        self._versions = [p._version for p in self._params]
+        self._device = next((p.device.type for p in self._params), "cpu")
+        self._autocast = autocast(self._device)
+
+    def follow(self, output: Any) -> Any:
+        """Wait for the gradients of an output; returns it, or one like it."""
+        leaves, self.spec = pytree.tree_flatten(output)
+        waited = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad]
+        if len(waited) > 1:  # one may be made from another, whose gradient must be of its own uses alone
+            for i in waited:
+                leaves[i] = leaves[i].clone()
+            output = pytree.tree_unflatten(leaves, self.spec)
+        self.leaves = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
+        for i in waited:
+            leaves[i].register_hook(self._waiter(i))
+        return output
+
+    def _waiter(self, index: int) -> Any:
+        def arrived(gradient: Tensor) -> None:
+            known, new = self.gradients.get(index), gradient.detach()
+            self.gradients[index] = new if known is None else known + new
+            for follower in self._followers:
+                opt = follower()
+                if opt is not None:
+                    opt._usual.calls.add(self)
+
+        return arrived
+
+    @cached_property
+    def inputs(self) -> Any:
+        """The batch as ``train_step`` takes it.
+
+        Raises:
+            TypeError: positional and keyword arguments, and not all of the former have a name.
+        """
+        if not self.kwargs:
+            return self.args
+        if not self.args:
+            return dict(self.kwargs)
+        signature = inspect.signature(self._model.forward)
+        found = dict(signature.bind(*self.args, **self.kwargs).arguments)
+        kinds = {n: signature.parameters[n].kind for n in found}
+        if {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY} & set(kinds.values()):
+            raise TypeError(
+                f"DDPNOpt.step: {type(self._model).__name__} was called with positional and keyword arguments, and not "
+                "all of the former have a name; call it with positional or with keyword arguments alone"
+            )
+        for name in [n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD]:
+            found |= found.pop(name)
+        return found
+
+    def arrived(self, scale: Tensor | None) -> Arrived:
+        """The output and the gradient that came back to it.
+
+        Args:
+            scale: what the loss was multiplied by, or None.
+
+        Raises:
+            RuntimeError: gradients came to several outputs, or the weights are no longer those of the call.
+        """
+        if len(self.gradients) > 1:
+            raise RuntimeError(
+                f"DDPNOpt.step: the loss reads {len(self.gradients)} outputs of the model, so its target cannot be "
+                "worked out from their gradients; use opt.train_step(x, y)"
+            )
+        if [p._version for p in self._params] != self._versions:
+            raise RuntimeError(
+                "DDPNOpt.step: the weights have changed since the model was called, so the gradient is of others; "
+                "call the model, the loss and backward() again before this step"
+            )
+        ((index, gradient),) = self.gradients.items()
+        gradient = gradient if scale is None else gradient / scale.to(gradient.device, gradient.dtype)
+        return Arrived(self.leaves, self.spec, index, gradient)
+
+    def surroundings(self) -> AbstractContextManager[Any]:
+        """The autocast of the call."""
+        if self._autocast == autocast(self._device):
+            return nullcontext()
+        return torch.autocast(self._device, self._autocast, enabled=self._autocast is not None)
+
+
+class Calls:
+    """The call that an optimizer's next step is for."""
+
+    def __init__(self) -> None:
+        self._latest: Call | None = None
+        self._count = 0
+
+    def add(self, call: Call) -> None:
+        """A gradient has come back to a call."""
+        if call is not self._latest:
+            self._latest, self._count = call, self._count + 1
+
+    def clear(self) -> None:
+        """Forget what has come back, as ``zero_grad`` forgets gradients."""
+        self._latest, self._count = None, 0
+
+    def take(self) -> Call:
+        """The one call since the last step.
+
+        Raises:
+            RuntimeError: there is none, or there are several.
+        """
+        call, count = self._latest, self._count
+        self.clear()
+        if call is None:
+            raise RuntimeError(
+                "DDPNOpt.step: no gradient has come back to the model since the last step. Call the compiled module "
+                "in training mode and with gradients, and backward() on its loss,\n"
+                "    loss = loss_fn(net(x), y); loss.backward(); opt.step()\n"
+                "or, in one program,\n"
+                "    loss = opt.train_step(x, y)"
+            )
+        if count > 1:
+            raise RuntimeError(
+                f"DDPNOpt.step: {count} backward passes since the last step. A closed-loop step is of one batch: "
+                "join these into one (torch.cat), whose samples coupling= can cut into groups, and call backward() "
+                "once; or call opt.step() after each, or opt.zero_grad() to drop those before"
+            )
+        return call
+
+
+def followed(net: CompiledModule) -> bool:
+    """Whether a call of the module now is one that an optimizer may step on."""
+    return (
+        bool(net._followers)
+        and net._original.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def call(net: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The output of a call that its optimizers wait for."""
+    made, followers = Call(net, args, kwargs), list(net._followers)
+    only = followers[0] if len(followers) == 1 else None
+    return made.follow(net._run(*args, **kwargs) if only is None else only._usual.run(only, made))
