@@ -1,8 +1,8 @@
 """Calls: the usual loop, ``loss_fn(net(x), y).backward(); opt.step()``, as the optimizer sees it.
 
-A call of the compiled module in training notes its batch; the backward pass brings the gradient to its outputs; the
-step takes the two. Whatever is noted lives as long as the output's autograd graph, and after the backward pass until
-the step, or until the next call's gradient: at most one batch is held by an optimizer.
+A call of the compiled module with gradients on notes its batch; the backward pass brings the gradient to its outputs;
+the step takes the two. Whatever is noted lives as long as the output's autograd graph, and after the backward pass
+until the step, or until the next call's gradient: at most one batch is held by an optimizer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ddpn_fx.batch import autocast
+from ddpn_fx.passes.numeric import differentiable
 from ddpn_fx.targets import Arrived
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """One call of a compiled module in training.
+    """One call of a compiled module with gradients on.
 
     Attributes:
         args: positional arguments.
@@ -101,15 +102,29 @@ class Call:
             found |= found.pop(name)
         return found
 
-    def arrived(self, scale: Tensor | None) -> Arrived:
+    @property
+    def loss_index(self) -> int:
+        """Of a model that returns its own loss: which leaf of the output that is."""
+        scalars = [i for i, t in enumerate(self.leaves) if differentiable(t) and t.numel() == 1]
+        return scalars[0] if scalars else -1
+
+    def arrived(self, scale: Tensor | None, own_loss: bool) -> Arrived:
         """The output and the gradient that came back to it.
 
         Args:
             scale: what the loss was multiplied by, or None.
+            own_loss: the output has the loss in it.
 
         Raises:
-            RuntimeError: gradients came to several outputs, or the weights are no longer those of the call.
+            RuntimeError: gradients came to several outputs, or not to the model's own loss, or the weights are no
+                longer those of the call.
         """
+        if own_loss and set(self.gradients) != {self.loss_index}:
+            raise RuntimeError(
+                f"DDPNOpt.step: {type(self._model).__name__} returns its own loss (loss=None), but backward() went "
+                "through another of its outputs; call backward() on its loss, or give the loss of the output to "
+                "ddpn_fx.compile as loss="
+            )
         if len(self.gradients) > 1:
             raise RuntimeError(
                 f"DDPNOpt.step: the loss reads {len(self.gradients)} outputs of the model, so its target cannot be "
@@ -157,8 +172,8 @@ class Calls:
         self.clear()
         if call is None:
             raise RuntimeError(
-                "DDPNOpt.step: no gradient has come back to the model since the last step. Call the compiled module "
-                "in training mode and with gradients, and backward() on its loss,\n"
+                "DDPNOpt.step: no gradient has come back to the model since the last step. Call the compiled module, "
+                "not under no_grad(), and backward() on its loss,\n"
                 "    loss = loss_fn(net(x), y); loss.backward(); opt.step()\n"
                 "or, in one program,\n"
                 "    loss = opt.train_step(x, y)"
@@ -176,7 +191,6 @@ def followed(net: CompiledModule) -> bool:
     """Whether a call of the module now is one that an optimizer may step on."""
     return (
         bool(net._followers)
-        and net._original.training
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -185,6 +199,7 @@ def followed(net: CompiledModule) -> bool:
 
 def call(net: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The output of a call that its optimizers wait for."""
-    made, followers = Call(net, args, kwargs), list(net._followers)
+    made = Call(net, args, kwargs)
+    followers = [opt for opt in net._followers if opt._usual.ends_in_step is not False]
     only = followers[0] if len(followers) == 1 else None
     return made.follow(net._run(*args, **kwargs) if only is None else only._usual.run(only, made))

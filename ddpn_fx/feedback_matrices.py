@@ -19,8 +19,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ddpn_fx.batch import split_batch
-from ddpn_fx.optimizer import DDPNOpt, _full_precision
+from ddpn_fx.batch import full_precision, split_batch
+from ddpn_fx.optimizer import DDPNOpt
 from ddpn_fx.passes import loss as losses
 from ddpn_fx.passes.backward import Linearization, exact
 from ddpn_fx.passes.guard import random_state
@@ -111,7 +111,7 @@ def policies(
         run = _Run(opt, inputs, target)
         _check_stage(run, stage)
         chosen = _chosen(samples, run.program.batch)
-        guards = run.program.kernels(), random_state([*run.params.values(), *run.leaves]), _full_precision(run.params)
+        guards = run.program.kernels(), random_state([*run.params.values(), *run.leaves]), full_precision(run.params)
         with guards[0], guards[1], guards[2]:
             run.linearize()
             return run.policies(stage, chosen, count)

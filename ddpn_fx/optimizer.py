@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 import torch.utils._pytree as pytree
@@ -259,10 +259,13 @@ class DDPNOpt(Optimizer):
         self,
         inputs: Any,
         target: Any,
-        wrong: Tensor | None = None,
+        trouble: tuple[Tensor, Tensor] | None = None,
         run: Callable[[Ready, Given, Tensor], Tensor] = Ready.run,
     ) -> Tensor:
-        """One step on one batch, in whole or in part; it changes nothing where ``wrong``, a 0-d tensor, is set."""
+        """One step on one batch, in whole or in part.
+
+        It changes nothing where its target is wrong or its gradient is not finite: ``trouble``, 0-d tensors.
+        """
         with torch.inference_mode(False), torch.no_grad():
             given = Given(inputs, target)
             ready = self._ready_for(given)
@@ -271,23 +274,30 @@ class DDPNOpt(Optimizer):
                 ready = self._ready[given.key(), structure_of(self)] = self._make_ready(inputs, target)
             program, params = ready.lowered.program, ready.params
             vector = self._hyper_vector(params)
-            if wrong is not None:
-                vector = torch.where(wrong, torch.nan, vector)  # which no step survives
+            if trouble is not None:
+                vector = torch.where(torch.stack(trouble).any(), torch.nan, vector)  # which no step survives
             with full_precision(params):
                 values = run(ready, given, vector)
-            if wrong is not None:
-                values[STATISTICS.index("fault")].masked_fill_(wrong, FAULT_TARGET)
+            if trouble is not None:
+                wrong, lost = trouble
+                values[STATISTICS.index("fault")].masked_fill_(wrong & ~lost, FAULT_TARGET)
             self._kept.refresh(program, self.state, params)
         self._values = values[: len(STATISTICS)]
         self._last = Last(program, given.leaves, given.spec)
         self.stage_stats = stage_figures(values) if self._figures_wanted else {}
         self._figures_wanted = False
         self._opt_called = True  # torch's schedulers look for a step before theirs
-        faulty = wrong is not None or getattr(self._factor, "floor", None) is not None
+        faulty = trouble is not None or getattr(self._factor, "floor", None) is not None
         if faulty or program.chain.loss_node is None:
             for arrived in self._faults.arrived(self._values):
                 self._raise_fault(dict(zip(STATISTICS, arrived.tolist(), strict=True)))
         return self._values[STATISTICS.index("loss")]
+
+    def _skip(self, like: Tensor) -> None:
+        """No step on a batch of whose loss nothing finite is known; statistics on the device of ``like``."""
+        values = dict.fromkeys(STATISTICS, 0.0) | {"loss": math.nan, "skipped": 1.0}
+        self._values = torch.tensor([values[name] for name in STATISTICS], device=like.device)
+        self._opt_called = True
 
     @property
     def stats(self) -> dict[str, Tensor]:
@@ -348,12 +358,12 @@ class DDPNOpt(Optimizer):
                 "or a loss that is a weighted sum over samples"
             )
         if fault == FAULT_TARGET:
-            self._raise_wrong_target()
+            raise LossError(self._wrong_target())
 
-    def _raise_wrong_target(self) -> NoReturn:
+    def _wrong_target(self) -> str:
         loss = self.net._options["loss"]
-        name = "the model's own" if loss is None else f"loss={getattr(loss, '__name__', type(loss).__name__)}"
-        raise LossError(
+        name = "the model's own loss" if loss is None else f"loss={getattr(loss, '__name__', type(loss).__name__)}"
+        return (
             f"DDPNOpt.step: the gradient that reached the model's output is not that of {name} for any target that "
             "could be worked out (was the loss scaled, a term added, or another loss called than loss= of "
             "ddpn_fx.compile?); no weight was changed. Pass the loss that the loop calls to ddpn_fx.compile, or use "

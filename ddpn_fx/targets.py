@@ -9,6 +9,7 @@ assumed of a loss but that it is the one the loop calls.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class Arrived:
         return found
 
 
-Way = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, int], Tensor]
+Gradient = Callable[[Tensor], Tensor]
+Way = Callable[[Gradient, Tensor, Tensor, int], Tensor]
 
 
 class Inverse:
@@ -67,8 +69,7 @@ class Inverse:
 
     def __init__(self, loss: Callable[..., Tensor]) -> None:
         self._loss = loss
-        self._ignored = int(getattr(loss, "ignore_index", getattr(loss, "keywords", {}).get("ignore_index", IGNORED)))
-        self._ways: dict[Any, Way] = {}
+        self._ways: dict[Any, tuple[Way, int]] = {}
 
     def __call__(self, arrived: Arrived) -> tuple[Tensor, Tensor] | None:
         """``(target, whether it is wrong)``, the second a 0-d tensor; None where no way leads to the gradient.
@@ -77,27 +78,47 @@ class Inverse:
         """
         kind = str(arrived.spec), arrived.index, arrived.output.dim()
         if kind in self._ways:
-            return self._try(self._ways[kind], arrived)
-        for way in _ways(arrived.output):
+            return self._try(*self._ways[kind], arrived)
+        output = arrived.output
+        dims = [d for d in sorted({1, output.dim() - 1}) if 0 < d < output.dim() and output.shape[d] > 1]
+        ways: list[tuple[Callable[[int], Way], int]] = [(way, dim) for way in (_index, _smoothed) for dim in dims]
+        for make, dim in [*ways, (_affine, 0), *((_soft, dim) for dim in dims)]:
             try:
                 with warnings.catch_warnings():  # of shapes that broadcast
                     warnings.simplefilter("ignore")
-                    found = self._try(way, arrived)
+                    ignored = self._ignored(arrived, dim) if (make, dim) in ways else IGNORED
+                    found = self._try(make(dim), ignored, arrived)
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError):
                 continue  # the loss takes no such target, in its own words
             if not bool(found[1]):
-                self._ways[kind] = way
+                self._ways[kind] = make(dim), ignored
                 return found
         return None
 
-    def _try(self, way: Way, arrived: Arrived) -> tuple[Tensor, Tensor]:
+    def _ignored(self, arrived: Arrived, dim: int) -> int:
+        """The class index that does not count: as the loss names it, or the one that leaves its rows no gradient."""
+        named = getattr(self._loss, "ignore_index", getattr(self._loss, "keywords", {}).get("ignore_index"))
+        if named is not None:
+            return int(named)
+        output = arrived.output
+        classes = output.shape[dim]
+        shape = [n for d, n in enumerate(output.shape) if d != dim]
+        even = torch.arange(math.prod(shape), device=output.device).reshape(shape) % 2 == 0
+        for index in sorted({0, 1, 2, classes - 1} & set(range(classes))):  # those outside may end a process on a GPU
+            target = torch.where(even, index, (index + 1) % classes)
+            nothing = (arrived.gradient_of(self._loss, target) == 0).all(dim)
+            if torch.equal(nothing, even):
+                return index
+        return IGNORED
+
+    def _try(self, way: Way, ignored: int, arrived: Arrived) -> tuple[Tensor, Tensor]:
         given = arrived.gradient
         dtype = accumulate_dtype(given.dtype)
 
         def gradient(target: Tensor) -> Tensor:
             return arrived.gradient_of(self._loss, target).to(dtype)
 
-        target = way(gradient, arrived.output.to(dtype), given.to(dtype), self._ignored)
+        target = way(gradient, arrived.output.to(dtype), given.to(dtype), ignored)
         error = (gradient(target) - given.to(dtype)).abs().amax()
         # What is left of a difference of two gradients near the target is rounding of the larger ones.
         rounding = torch.finfo(given.dtype).eps
@@ -106,17 +127,10 @@ class Inverse:
         return target, ~(error <= max(1e-3, 8 * rounding) * size + scale)
 
 
-def _ways(output: Tensor) -> list[Way]:
-    """Ways to the target of such an output, to be tried in this order."""
-    dims = [d for d in sorted({1, output.dim() - 1}) if 0 < d < output.dim() and output.shape[d] > 1]
-    indices: list[Way] = [way(dim) for way in (_index, _index_smoothed) for dim in dims]
-    return [*indices, _affine, *(_soft(dim) for dim in dims)]
-
-
 def _index(dim: int) -> Way:
     """The class along ``dim`` whose gradient is negative; a row of zeros does not count, or is certain already."""
 
-    def way(gradient: Callable[[Tensor], Tensor], x: Tensor, given: Tensor, ignored: int) -> Tensor:
+    def way(gradient: Gradient, x: Tensor, given: Tensor, ignored: int) -> Tensor:
         certain = (x.softmax(dim) == 1).any(dim)
         without = torch.where(certain, x.argmax(dim), ignored)
         return torch.where((given == 0).all(dim), without, given.argmin(dim))
@@ -124,11 +138,12 @@ def _index(dim: int) -> Way:
     return way
 
 
-def _index_smoothed(dim: int) -> Way:
-    """The same with smoothed labels: less than the gradient at class 0 is the gradient of the class."""
+def _smoothed(dim: int) -> Way:
+    """The same with smoothed labels: less than the gradient at another class is the gradient of the class."""
 
-    def way(gradient: Callable[[Tensor], Tensor], x: Tensor, given: Tensor, ignored: int) -> Tensor:
-        first = torch.where((given == 0).all(dim), ignored, 0)
+    def way(gradient: Gradient, x: Tensor, given: Tensor, ignored: int) -> Tensor:
+        other = int(ignored == 0)
+        first = torch.where((given == 0).all(dim), ignored, other)
         least, index = (given - gradient(first)).min(dim)
         jump = torch.maximum(-0.5 * least.amin(), 1e-3 * given.abs().amax())
         return torch.where(-least > jump, index, first)
@@ -136,12 +151,16 @@ def _index_smoothed(dim: int) -> Way:
     return way
 
 
-def _affine(gradient: Callable[[Tensor], Tensor], x: Tensor, given: Tensor, ignored: int) -> Tensor:
+def _affine(dim: int) -> Way:
     """The target of the output's shape in which the gradient is affine, element by element."""
-    at_zero = gradient(torch.zeros_like(x))
-    slope = gradient(torch.ones_like(x)) - at_zero
-    safe = torch.where(slope == 0, torch.ones_like(slope), slope)
-    return torch.where(slope == 0, torch.zeros_like(slope), (given - at_zero) / safe)
+
+    def way(gradient: Gradient, x: Tensor, given: Tensor, ignored: int) -> Tensor:
+        at_zero = gradient(torch.zeros_like(x))
+        slope = gradient(torch.ones_like(x)) - at_zero
+        safe = torch.where(slope == 0, torch.ones_like(slope), slope)
+        return torch.where(slope == 0, torch.zeros_like(slope), (given - at_zero) / safe)
+
+    return way
 
 
 def _soft(dim: int) -> Way:
@@ -150,7 +169,7 @@ def _soft(dim: int) -> Way:
     Others than these would fit the gradient of a loss that was scaled up: they are none.
     """
 
-    def way(gradient: Callable[[Tensor], Tensor], x: Tensor, given: Tensor, ignored: int) -> Tensor:
+    def way(gradient: Gradient, x: Tensor, given: Tensor, ignored: int) -> Tensor:
         even = torch.full_like(x, 1 / x.shape[dim])
         at_even = gradient(even)
         first = torch.zeros_like(x)

@@ -1,10 +1,11 @@
 """The usual loop, ``loss = loss_fn(net(x), y); loss.backward(); opt.step()``, in one program cut in two.
 
-The first batch of its kind goes the plain way: the model runs as it is, and the step runs the model again. From then on
-the first half of the step's program is the model's forward pass, and what it has worked out waits for the gradient; the
-step is the second half. So the loop costs what ``train_step`` does. Autograd then knows of the output alone, and no
-weight gets a ``.grad``: a model whose other parameters another optimizer trains, or whose inputs want a gradient, keeps
-to the plain way.
+The first batch of its kind goes the plain way: the model runs as it is, autograd goes back through it, and the step
+runs the model again. From then on the first half of the step's program is the model's forward pass, and what it has
+worked out waits for the gradient; the step is the second half. So the loop costs what ``train_step`` does. Autograd
+then knows of the output alone, and no weight gets a ``.grad``. A model that returns its loss beside other things runs
+its forward pass once by itself, and once in the step. The plain way stays where a parameter that requires a gradient
+is none of the optimizer's, where an input wants one, and where ``torch.amp.GradScaler`` looks for gradients to scale.
 """
 
 from __future__ import annotations
@@ -19,32 +20,43 @@ from torch import Tensor
 
 from ddpn_fx.batch import full_precision
 from ddpn_fx.calls import Call, Calls
+from ddpn_fx.passes.errors import LossError
 from ddpn_fx.ready import Given, Ready
-from ddpn_fx.targets import Inverse
+from ddpn_fx.targets import Arrived, Inverse
 
 if TYPE_CHECKING:
     from ddpn_fx.optimizer import DDPNOpt
 
 
 @dataclass
-class Begun:
-    """The first half of a step, which has run, and what its second half reads."""
-
-    ready: Ready
-    saved: list[Tensor]
-
-
-@dataclass
 class Kind:
-    """What is known of a kind of batch once there was one.
+    """How the model runs on batches of a kind, once there was one.
 
     Attributes:
-        target: a target's shape and memory (its values are nothing's); None with ``loss=None``.
+        target: for the first half: a target's shape and memory (its values are nothing's); None with ``loss=None``.
         spec: of the output.
+        alone: the model runs by itself, and of its output the leaf of this index, its loss, is autograd's; None: by
+            the first half of a step.
     """
 
     target: Tensor | None
     spec: pytree.TreeSpec
+    alone: int | None = None
+
+
+@dataclass
+class Begun:
+    """The first half of a step, which has run.
+
+    Attributes:
+        ready: the step.
+        handed: what its second half reads.
+        versions: of these, which the user has the outputs of.
+    """
+
+    ready: Ready
+    handed: list[Tensor]
+    versions: list[int]
 
 
 class UsualLoop:
@@ -62,60 +74,85 @@ class UsualLoop:
         self._kinds: dict[Any, Kind | None] = {}
 
     def run(self, opt: DDPNOpt, call: Call) -> Any:
-        """The model's output: by the first half of a step where there is one for such a batch."""
+        """The model's output, in the cheapest way that is known for such a batch."""
         net = opt.net
-        kind = self._kinds.get(key) if (key := _key(call)) is not None else None
-        if self.ends_in_step is False or key is None or (kind is None and key in self._kinds):
-            return net._run(*call.args, **call.kwargs)
-        found = None if kind is None else self._begin(opt, call, kind)
-        if found is None:  # a first batch of its kind: not worth a compilation
-            return net._original(*call.args, **call.kwargs)
-        assert kind is not None
-        return pytree.tree_unflatten(_Returned.apply(torch.zeros((), requires_grad=True), found), kind.spec)
+        key = _key(call) if self.ends_in_step else None
+        kind = None if key is None else self._kinds.get(key)
+        if kind is not None:
+            found = self._begin(opt, call, kind) if kind.alone is None else _by_itself(opt, call, kind.alone)
+            if found is not None:
+                return pytree.tree_unflatten(found, kind.spec)
+        new = self.ends_in_step is None or (key is not None and (kind is not None or key not in self._kinds))
+        # A first batch of its kind is not worth a compilation of the model with its gradients.
+        run = net._original if new and net.training else net._run
+        return run(*call.args, **call.kwargs)
 
-    def _begin(self, opt: DDPNOpt, call: Call, kind: Kind) -> list[Tensor] | None:
+    def _begin(self, opt: DDPNOpt, call: Call, kind: Kind) -> Sequence[Any] | None:
         given = Given(call.inputs, kind.target)
         ready = opt._ready_for(given)
         if ready is None:
             return None
         with torch.inference_mode(False), torch.no_grad(), full_precision(ready.params):
-            outputs, saved = ready.first(given)
-        call.begun = Begun(ready, saved)
-        return outputs
+            outputs, handed = ready.first(given)
+        call.begun = Begun(ready, handed, [t._version for t in handed])
+        return _returned(outputs)
 
     def step(self, opt: DDPNOpt) -> None:
         """One step on the call that the gradient has come back to."""
         call = self.calls.take()
         self.ends_in_step = True
-        scale = getattr(opt, "grad_scale", None)
         with call.surroundings(), torch.inference_mode(False), torch.no_grad():
-            target, wrong = self._target(opt, call, scale)
-            if isinstance(call.begun, Begun):
-                opt._take(call.inputs, target, wrong, _Second(call.begun))
+            scale, found_inf = _scaling(opt)
+            arrived = call.arrived(scale, opt.net._options["loss"] is None)
+            lost = ~arrived.gradient.isfinite().all()
+            found = self._target(opt, arrived)
+            if found is None and bool(lost):
+                opt._skip(lost)
                 return
-            buffers = dict(opt.net.named_buffers(remove_duplicate=False))
-            held = [(b, b.clone()) for b in buffers.values()]  # the call itself has updated them
-            both = _Both()
-            opt._take(call.inputs, target, wrong, both)
-            for buffer, value in held:
-                buffer.copy_(value)
-            key = _key(call)
-            if key is not None:
-                fits = scale is None and both.fit(call.leaves)
-                self._kinds[key] = Kind(target, call.spec) if fits else None
+            if found is None:
+                raise LossError(opt._wrong_target())
+            target, wrong = found
+            if found_inf is not None:
+                lost = lost | (torch.as_tensor(found_inf, device=lost.device) > 0)
+            begun = call.begun
+            if isinstance(begun, Begun):
+                if [t._version for t in begun.handed] != begun.versions:
+                    raise RuntimeError(
+                        "DDPNOpt.step: the model's output was changed in place after it was returned, and the step "
+                        "needs it as it was; write output = output * 2, not output *= 2"
+                    )
+                opt._take(call.inputs, target, (wrong, lost), _Second(begun))
+                return
+            self._plainly(opt, call, target, (wrong, lost))
 
-    def _target(self, opt: DDPNOpt, call: Call, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """The target of a call, and whether it is wrong (0-d)."""
+    def _plainly(self, opt: DDPNOpt, call: Call, target: Any, trouble: tuple[Tensor, Tensor]) -> None:
+        """A step that runs the model again; notes how the next batch of this kind is to run."""
+        buffers = dict(opt.net.named_buffers(remove_duplicate=False))
+        held = [(b, b.clone()) for b in buffers.values()]  # the call itself has updated them
+        key = _key(call)
+        known = key is None or key in self._kinds
+        both = _Both()
+        opt._take(call.inputs, target, trouble, Ready.run if known else both)
+        for buffer, value in held:
+            buffer.copy_(value)
+        if known:
+            return
+        self._kinds[key] = None
+        if _scaling(opt)[0] is not None or not both.trains_all:
+            return
+        if both.fits(call.leaves):
+            self._kinds[key] = Kind(target, call.spec)
+        elif target is None:
+            self._kinds[key] = Kind(None, call.spec, call.loss_index)
+
+    def _target(self, opt: DDPNOpt, arrived: Arrived) -> tuple[Tensor | None, Tensor] | None:
+        """The target of a call, and whether it is wrong (0-d); None where none can be worked out."""
         loss = opt.net._options["loss"]
-        arrived = call.arrived(scale)
         if loss is None:
             return None, ~((arrived.gradient - 1).abs() < 1e-3).all()
         if self._inverse is None:
             self._inverse = Inverse(loss)
-        found = self._inverse(arrived)
-        if found is None:
-            opt._raise_wrong_target()
-        return found
+        return self._inverse(arrived)
 
 
 class _Both:
@@ -126,21 +163,26 @@ class _Both:
         self._outputs: list[Tensor] = []
 
     def __call__(self, ready: Ready, given: Given, vector: Tensor) -> Tensor:
+        self._ready = ready
         if ready.lowered.halves is None:
             return ready.run(given, vector)
-        self._ready = ready
-        self._outputs, saved = ready.first(given)
-        return ready.second(given, saved, vector)
+        self._outputs, handed = ready.first(given)
+        return ready.second(given, handed, vector)
 
-    def fit(self, leaves: Sequence[Any]) -> bool:
-        """Whether the first half can stand for the model: all of its output, and all that autograd would train."""
-        if self._ready is None or len(self._outputs) != len(leaves):
-            return False
-        trained = set(self._ready.lowered.program.trained)
-        return all(
+    @property
+    def trains_all(self) -> bool:
+        """Whether no parameter wants a gradient for another's sake."""
+        assert self._ready is not None
+        params = self._ready.params
+        trained = {id(params[n]) for n in self._ready.lowered.program.trained}
+        return all(id(p) in trained for p in params.values() if p.requires_grad)
+
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether the first half makes all of the model's output."""
+        return len(self._outputs) == len(leaves) and all(
             isinstance(old, Tensor) and (new.shape, new.dtype) == (old.shape, old.dtype)
             for new, old in zip(self._outputs, leaves, strict=True)
-        ) and all(n in trained for n, p in self._ready.params.items() if p.requires_grad)
+        )
 
 
 class _Second:
@@ -152,20 +194,52 @@ class _Second:
     def __call__(self, ready: Ready, given: Given, vector: Tensor) -> Tensor:
         if ready is not self._begun.ready:
             return ready.run(given, vector)
-        return ready.second(given, self._begun.saved, vector)
+        return ready.second(given, self._begun.handed, vector)
 
 
 class _Returned(torch.autograd.Function):
     """Outputs as autograd's, whose gradients go no further."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, outputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, anchor: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None]:
         return None, None
+
+
+def _scaling(opt: DDPNOpt) -> tuple[Tensor | None, Any]:
+    """What ``torch.amp.GradScaler`` has multiplied the loss by, and whether a gradient was lost in it; or None.
+
+    Raises:
+        RuntimeError: the scale is not known any more.
+    """
+    if not hasattr(opt, "found_inf"):
+        return None, None
+    scale = getattr(opt, "grad_scale", None)
+    if scale is None:
+        raise RuntimeError(
+            "DDPNOpt.step: after GradScaler.unscale_ the gradient that reached the model's output is still scaled, and "
+            "by what is not known any more; leave unscale_ out, and clipping, which has no part in the step"
+        )
+    return scale, opt.found_inf
+
+
+def _returned(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The outputs, for the user to differentiate."""
+    with torch.enable_grad():
+        found: Sequence[Tensor] = _Returned.apply(torch.zeros((), requires_grad=True), outputs)
+    return found
+
+
+def _by_itself(opt: DDPNOpt, call: Call, index: int) -> Sequence[Any]:
+    """The leaves of the model's output, of which the loss alone is autograd's."""
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(opt.net._run(*call.args, **call.kwargs))
+    leaves[index] = _returned([leaves[index]])[0]
+    return leaves
 
 
 def _key(call: Call) -> Any:

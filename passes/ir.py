@@ -111,7 +111,8 @@ class Chain:
         phi: the chain nodes from x_T to the loss.
         loss: the scalar loss node, or None for a chain without a loss.
         loss_node: the operator that computes a known loss from x_T (``cross_entropy_loss``,
-            ``mse_loss``, ``binary_cross_entropy_with_logits``), or None for any other.
+            ``mse_loss``, ``binary_cross_entropy_with_logits``), or None for any other. What of ``phi`` follows it
+            multiplies its value by a factor that no control moves.
         layouts: node -> where the batch lies, for chain nodes with one.
         sizes: node -> shape at the traced batch size.
         mixing: a node that mixes the samples of the batch, or None.

@@ -11,7 +11,7 @@ Shapes: B batch, D = elements of one sample's x_T; J positions and C classes of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -140,8 +140,24 @@ def phi(
             aten.mse_loss.default: _mse,
             aten.binary_cross_entropy_with_logits.default: _bce,
         }
-        return known[chain.loss_node.target](chain, env, batch)  # type: ignore[index]
+        return _scaled(known[chain.loss_node.target](chain, env, batch), chain, env)  # type: ignore[index]
     return _other(chain, env, leaves, params, buffers, batch, mixing)
+
+
+def _scaled(found: Phi, chain: Chain, env: Env) -> Phi:
+    """The terminal cost times the factor that the known loss is multiplied by on its way to J."""
+    assert chain.loss_node is not None
+    assert chain.loss is not None
+    if chain.loss is chain.loss_node:
+        return found
+    local = {**env, chain.loss_node: found.loss.new_ones(())}
+    for node in chain.phi[1:]:
+        local[node] = call(node, local.__getitem__)
+    factor = local[chain.loss].reshape(()).to(found.x.dtype)
+    assert found.curvature is not None
+    return replace(
+        found, value=factor * found.value, gradient=factor * found.gradient, curvature=factor * found.curvature
+    )
 
 
 def total_gradient(chain: Chain, env: Env, batch: int) -> tuple[Tensor, Tensor]:

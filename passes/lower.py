@@ -171,7 +171,6 @@ def lower(
     flat = names.flatten(params, buffers, leaves, vector, state)
     records: list[PassRecord] = []
     written: list[tuple[int, int]] = []
-    whole = [False]
 
     def step(*tensors: Tensor) -> list[Tensor]:
         p, b, x, v, s = names.unflatten(tensors, program)
@@ -188,8 +187,7 @@ def lower(
             for name, value in new.items():
                 written.append((position[kind, name], len(outputs)))
                 outputs.append(value)
-        whole[0] = all(t is not None for t in made)
-        return [*outputs, *(t for t in made if t is not None)]
+        return outputs if None in made else [*outputs, *made]
 
     with timed("trace", records) as record:
         module = trace(step, flat)
@@ -198,7 +196,7 @@ def lower(
     with timed("fuse", records, module.graph) as record:
         _write_in_place(module, written)
         fuse(module, program.mode.off)
-        ends = _drop_outputs(module, program.mode.off) if whole[0] else []
+        ends = _drop_outputs(module, program.mode.off)
         _name_placeholders(module, names)
         record.after = op_counts(module.graph)
     run: Callable[..., Any] = module

@@ -94,8 +94,9 @@ def stage(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
             "set requires_grad=True on what is to be trained"
         )
     output = set(marks).union(*(nx.ancestors(flow, m) for m in marks)) if marks else leading
-    own = [n for n in mixing if n is not loss and n not in output | leading]  # the loss mixes samples
-    phi, terminal, loss_node = _terminal(order, users, marks, loss, flow, probed, known=not own)
+    scaled = [] if loss is None else _scaled(loss, kind)
+    own = [n for n in mixing if n not in scaled and n not in output | leading]  # the loss mixes samples
+    phi, terminal, loss_node = _terminal(order, users, marks, scaled, flow, probed, known=not own)
     late = [n for n in users if n in phi or (loss is not None and n not in output)]
     if late:
         raise StagingError(
@@ -178,21 +179,22 @@ def _terminal(
     order: list[fx.Node],
     users: list[fx.Node],
     marks: list[fx.Node],
-    loss: fx.Node | None,
+    scaled: list[fx.Node],
     flow: nx.DiGraph,
     probed: Probe,
     known: bool,
 ) -> tuple[list[fx.Node], tuple[fx.Node, ...], fx.Node | None]:
     """The nodes of phi, the nodes of x_T, and the operator of a known loss (looked for with ``known``)."""
     kind = probed.kind
-    if loss is None:
+    if not scaled:
         return [], tuple(dict.fromkeys(n for n in marks if kind[n] is Kind.CHAIN)), None
-    if known and loss.target in KNOWN_LOSSES and loss not in users:
-        source = cast(fx.Node, loss.args[0])
+    node = scaled[0]
+    if known and node.target in KNOWN_LOSSES and node not in users:
+        source = cast(fx.Node, node.args[0])
         layout = probed.layouts.get(source)
-        others = [a for a in loss.all_input_nodes if kind[a] is not Kind.CONTEXT]
+        others = [a for a in node.all_input_nodes if kind[a] is not Kind.CONTEXT]
         if others == [source] and layout is not None and layout.dim == 0 and layout.outer == 1:
-            return [loss], (source,), loss
+            return scaled, (source,), node
     if marks:
         before = set(marks).union(*(nx.ancestors(flow, m) for m in marks)) | set(users)
         phi = [n for n in order if n not in before]
@@ -204,6 +206,32 @@ def _terminal(
     inside = set(phi)
     terminal = dict.fromkeys(a for n in phi for a in n.all_input_nodes if kind[a] is Kind.CHAIN and a not in inside)
     return phi, tuple(terminal), None
+
+
+def _scaled(loss: fx.Node, kind: dict[fx.Node, Kind]) -> list[fx.Node]:
+    """What a loss is a multiple of, by a factor that no control moves, and after it what multiplies it, in order."""
+    found = [loss]
+    while found[0].target in _SCALES:
+        source, *rest = found[0].args
+        if found[0].target is aten.mul.Tensor and isinstance(source, fx.Node) and kind[source] is Kind.CONTEXT:
+            source, rest = rest[0], [source]
+        factors = [a for a in rest if isinstance(a, fx.Node)]
+        fixed = all(kind[a] is Kind.CONTEXT and _one(a) for a in factors)
+        positive = all(a > 0 for a in rest if isinstance(a, (int, float)))
+        if not (isinstance(source, fx.Node) and _one(source) and fixed and positive):
+            break
+        found.insert(0, source)
+    return found
+
+
+def _one(node: fx.Node) -> bool:
+    """Whether a value is one number."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.numel() == 1
+
+
+# Operators on one number that multiply it by another.
+_SCALES = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 
 
 class _Line:
