@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--qui
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all coverage lint format bench cuda docs clean
+.PHONY: help demo test test-all coverage lint format bench frameworks cuda docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -42,6 +42,9 @@ format: $(VENV)/.dev ## rewrite the sources in the house's format
 bench: $(VENV)/.dev ## step time against a compiled SGD step
 	$(BIN)/python examples/bench/step.py $(ARGS)
 
+frameworks: $(VENV)/.frameworks ## the usual loop in Lightning, Accelerate and the HF Trainer, which it installs
+	$(BIN)/python -m pytest tests/test_frameworks.py $(ARGS)
+
 cuda: $(VENV)/.dev ## on a GPU: the tests that need one, and the benchmarks there; ARGS="FOLDER" of data sets
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make cuda: torch finds no CUDA device")'
 	PYTHON=$(BIN)/python examples/bench/gpu.sh examples/results/bench/gpu $(ARGS)
@@ -67,6 +70,10 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.frameworks: $(VENV)/.dev
+	$(PIP) -e '.[dev,frameworks]'
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) -e '.[docs]'

@@ -35,6 +35,7 @@ class Call:
         leaves: of the output, detached; empty until it is there.
         spec: the output's tree.
         gradients: dJ/d(output leaf) by the leaf's index, once the backward pass has brought them.
+        buffers: the model's and copies of them from before the call, where it may have updated them.
         begun: the first half of the step, where it was what ran (:mod:`ddpn_fx.usual`).
 
     Args:
@@ -46,6 +47,7 @@ class Call:
     def __init__(self, net: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.args, self.kwargs, self._model = args, kwargs, net._original
         self.begun: Any = None
+        self.buffers: list[tuple[Tensor, Tensor]] = []
         self.leaves: list[Any] = []
         self.gradients: dict[int, Tensor] = {}
         self.spec = pytree.tree_structure(None)

@@ -7,7 +7,7 @@ to step, and that it is can be seen at a fraction of the price.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter, is_
 from typing import Any
 
@@ -165,8 +165,11 @@ class Ready:
         results = halves.first(self._flat(given, None))
         return results[: halves.outputs], [t.detach() for t in results]
 
-    def second(self, given: Given, handed: Sequence[Tensor], vector: Tensor) -> Tensor:
-        """The statistics vector of the step whose first half has run; the rest is written in place."""
+    def second(self, given: Given, handed: list[Tensor], vector: Tensor) -> Tensor:
+        """The statistics vector of the step whose first half has run; the rest is written in place.
+
+        The list is empty afterwards.
+        """
         halves = self.lowered.halves
         assert halves is not None
         (values,) = halves.second(self._flat(given, vector), handed)

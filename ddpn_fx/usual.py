@@ -76,12 +76,17 @@ class UsualLoop:
     def run(self, opt: DDPNOpt, call: Call) -> Any:
         """The model's output, in the cheapest way that is known for such a batch."""
         net = opt.net
+        if self.ends_in_step is False:
+            return net._run(*call.args, **call.kwargs)
         key = _key(call) if self.ends_in_step else None
         kind = None if key is None else self._kinds.get(key)
-        if kind is not None:
-            found = self._begin(opt, call, kind) if kind.alone is None else _by_itself(opt, call, kind.alone)
+        if kind is not None and kind.alone is None:
+            found = self._begin(opt, call, kind)
             if found is not None:
                 return pytree.tree_unflatten(found, kind.spec)
+        call.buffers = _copies(opt)
+        if kind is not None and kind.alone is not None:
+            return pytree.tree_unflatten(_by_itself(opt, call, kind.alone), kind.spec)
         new = self.ends_in_step is None or (key is not None and (kind is not None or key not in self._kinds))
         # A first batch of its kind is not worth a compilation of the model with its gradients.
         run = net._original if new and net.training else net._run
@@ -127,14 +132,15 @@ class UsualLoop:
 
     def _plainly(self, opt: DDPNOpt, call: Call, target: Any, trouble: tuple[Tensor, Tensor]) -> None:
         """A step that runs the model again; notes how the next batch of this kind is to run."""
-        buffers = dict(opt.net.named_buffers(remove_duplicate=False))
-        held = [(b, b.clone()) for b in buffers.values()]  # the call itself has updated them
+        after = _copies(opt)
+        _put_back(call.buffers)  # the call has updated them: the step runs from what they were before
         key = _key(call)
         known = key is None or key in self._kinds
         both = _Both()
-        opt._take(call.inputs, target, trouble, Ready.run if known else both)
-        for buffer, value in held:
-            buffer.copy_(value)
+        try:
+            opt._take(call.inputs, target, trouble, Ready.run if known else both)
+        finally:
+            _put_back(after)
         if known:
             return
         self._kinds[key] = None
@@ -240,6 +246,16 @@ def _by_itself(opt: DDPNOpt, call: Call, index: int) -> Sequence[Any]:
         leaves = pytree.tree_leaves(opt.net._run(*call.args, **call.kwargs))
     leaves[index] = _returned([leaves[index]])[0]
     return leaves
+
+
+def _copies(opt: DDPNOpt) -> list[tuple[Tensor, Tensor]]:
+    """The model's buffers, and what they hold now."""
+    return [(b, b.clone()) for b in opt.net.buffers()]
+
+
+def _put_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for buffer, value in copies:
+        buffer.copy_(value)
 
 
 def _key(call: Call) -> Any:

@@ -14,6 +14,7 @@ step writes into, subclasses, and all under a stance (``torch.compiler.set_stanc
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,8 +53,22 @@ class Direct:
         self._programs: dict[Any, Run] = {}
         self._other: Run | None = None
 
-    def __call__(self, *flat: Tensor) -> Any:
-        """Run the graph on these tensors; they may be given in any layout."""
+    def __call__(self, *flat: Tensor, handed: list[Tensor] | None = None) -> Any:
+        """Run the graph on these tensors; they may be given in any layout.
+
+        Args:
+            flat: the graph's inputs.
+            handed: those that come after them and are handed over: the list is emptied, and each tensor that nobody
+                else has is freed with its last use.
+        """
+        if handed is not None:
+            situation = None if torch._dynamo.config.disable else self._situation([*flat, *handed])
+            if situation is not None:
+                key = situation, len(handed)
+                if key not in self._programs:
+                    self._programs[key] = self._compile(flat, handed)
+                return self._programs[key](*flat, handed)
+            flat = (*flat, *handed)
         if torch._dynamo.config.disable:
             return self._module(*flat)
         if any([t.is_conj() or t.is_neg() for t in flat]):  # inductor reads the memory and forgets the sign
@@ -86,15 +101,19 @@ class Direct:
             return None
         return tuple([(t.shape, t.stride(), t.dtype, t.device) for t in flat]), now
 
-    def _compile(self, flat: Sequence[Tensor]) -> Run:
+    def _compile(self, flat: Sequence[Tensor], handed: Sequence[Tensor] | None = None) -> Run:
         self.compiled += 1
         modes = FakeTensorMode(shape_env=ShapeEnv())
-        inputs = [modes.from_tensor(t, static_shapes=True) for t in flat]
+        inputs: list[Any] = [modes.from_tensor(t, static_shapes=True) for t in flat]
+        graph = _bare(self._module)
+        if handed is not None:
+            inputs.append([modes.from_tensor(t, static_shapes=True) for t in handed])
+            graph = _taking_a_list(graph, len(flat))
         own = {_ATTEMPTS: min(16, present)} if (present := getattr(torch._inductor.config, _ATTEMPTS, 0)) else {}
         options = own | (self._options.get("options") or {})
         inductor = torch._TorchCompileInductorWrapper(self._options.get("mode"), options, False)
         with torch.no_grad(), tracing(TracingContext(modes)):
-            run: Run = inductor(_bare(self._module), inputs)
+            run: Run = inductor(graph, inputs)
         return run
 
     def _through_dynamo(self, *flat: Tensor) -> Any:
@@ -178,3 +197,21 @@ def _bare(module: fx.GraphModule) -> fx.GraphModule:
     for node in graph.nodes:
         node.meta = {}
     return fx.GraphModule(module, graph)
+
+
+def _taking_a_list(module: fx.GraphModule, first: int) -> fx.GraphModule:
+    """The graph with all inputs from the ``first`` on in one list, which inductor empties when it is called."""
+    graph = module.graph
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_before(inputs[first]):
+        box = graph.placeholder("handed")
+    box.meta["steal_arg"] = True
+    last = inputs[-1]
+    for index, node in enumerate(inputs[first:]):
+        with graph.inserting_after(last):
+            last = graph.call_function(operator.getitem, (box, index))
+        node.replace_all_uses_with(last)
+    for node in inputs[first:]:
+        graph.erase_node(node)
+    module.recompile()
+    return module

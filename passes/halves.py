@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.direct import direct
+from ddpn_fx.passes.direct import Direct, direct
 
 aten = torch.ops.aten
 
@@ -39,9 +39,12 @@ class Half:
         own = [i for i, position in enumerate(self.inputs) if position in lasting]
         self.run = direct(self.module, backend, options, own)
 
-    def __call__(self, flat: Sequence[Any], handed: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Run it on the whole graph's inputs, of which it takes its own."""
-        return list(self.run(*(flat[i] for i in self.inputs), *handed))
+    def __call__(self, flat: Sequence[Any], handed: list[Tensor] | None = None) -> list[Tensor]:
+        """Run it on the whole graph's inputs, of which it takes its own, and on what is handed over: it is not kept."""
+        own = [flat[i] for i in self.inputs]
+        if handed and isinstance(self.run, Direct):
+            return list(self.run(*own, handed=handed))
+        return list(self.run(*own, *(handed or ())))
 
 
 @dataclass

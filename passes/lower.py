@@ -187,7 +187,8 @@ def lower(
             for name, value in new.items():
                 written.append((position[kind, name], len(outputs)))
                 outputs.append(value)
-        return outputs if None in made else [*outputs, *made]
+        present = [t for t in made if t is not None]
+        return [*outputs, *present] if len(present) == len(made) else outputs
 
     with timed("trace", records) as record:
         module = trace(step, flat)
@@ -218,7 +219,7 @@ def lower(
 def _drop_outputs(module: fx.GraphModule, off: Iterable[str]) -> list[fx.Node]:
     """Return the statistics alone again; the nodes of the model's outputs, where all of them are still needed."""
     output = module.graph.output_node()
-    values, *ends = output.args[0]  # type: ignore[misc,union-attr]
+    values, *ends = output.all_input_nodes
     output.args = ((values,),)
     if "dead-code" not in expanded(off):
         module.graph.eliminate_dead_code()

@@ -14,8 +14,9 @@ in torch's allocations during one step, beside the weights, the optimizer's stat
     python examples/bench/step.py --models all --device cuda --mode reduce-overhead
 
 `--methods` are of: default, nonlinear, rank2, full, diagonal, factored, eigen-factored, kronecker, eigen-kronecker,
-groups, cg, eigen-factored-cg, open, adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON
-and the table as Markdown.
+groups, cg, eigen-factored-cg, open, usual-loop and eigen-factored-usual-loop (`loss.backward(); opt.step()` where the
+others call `train_step`), sgd (the usual loop), adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all
+figures as JSON and the table as Markdown.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cg": {"cg_iterations": 5},
     "eigen-factored-cg": TURNED | {"cg_iterations": 5},
     "open": {"feedback": False},
+    "usual-loop": {},
+    "eigen-factored-usual-loop": TURNED,
 }
 
 
@@ -207,6 +210,7 @@ def soap(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 # Optimizers of others in the usual loop, by name, each (model, step size) -> what updates it.
 PEERS: dict[str, Callable[[nn.Module, float], list[torch.optim.Optimizer]]] = {
+    "sgd": lambda model, lr: [torch.optim.SGD(model.parameters(), lr=lr)],
     "adam": lambda model, lr: [torch.optim.Adam(model.parameters(), lr=lr)],
     "muon": muon,
     "soap": soap,
@@ -217,12 +221,13 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t for kept in optimizer.state.values() for t in torch.utils._pytree.tree_leaves(kept) if torch.is_tensor(t)]
 
 
-def ddpnopt(options: dict[str, Any], problem: Problem, chosen: argparse.Namespace) -> Contestant:
-    """DDPNOpt with these options."""
+def ddpnopt(options: dict[str, Any], problem: Problem, chosen: argparse.Namespace, *, usual: bool) -> Contestant:
+    """DDPNOpt with these options, by ``train_step`` or in the usual loop."""
     model = problem.build()
     net = ddpn_fx.compile(model, loss=problem.loss, backend=chosen.backend, mode=chosen.mode)
     opt = ddpn_fx.DDPNOpt(net, lr=LR, **options)
-    return Contestant(opt.train_step, lambda: [*model.parameters(), *_state(opt)], lambda: graph_flops(opt))
+    step = plain_step(net, opt, loss=problem.loss) if usual else opt.train_step
+    return Contestant(step, lambda: [*model.parameters(), *_state(opt)], lambda: graph_flops(opt))
 
 
 def graph_flops(opt: ddpn_fx.DDPNOpt) -> int:
@@ -254,7 +259,7 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
         else:
             given = {"coupling": chosen.coupling, "cg_iterations": chosen.iterations}
             options = {k: given.get(k, v) for k, v in OPTIONS[method].items()}
-            made = ddpnopt(options, problem, chosen)
+            made = ddpnopt(options, problem, chosen, usual=method.endswith("usual-loop"))
         contestants[method] = made
     for contestant in contestants.values():
         started = time.perf_counter()

@@ -6,6 +6,7 @@ gauss-newton  the default step equals the dense damped Gauss-Newton step (where 
 batches     another, a smaller and a last batch of one sample: no new capture, and the step equals SGD's
 traced      the traced program (backend "eager") equals the untraced one
 coverage    every trainable parameter with a gradient moves; frozen ones and those without a gradient do not
+usual       `loss.backward(); opt.step()` takes the steps of `train_step`
 noise       with dropout on: a finite step that moves every weight, and moves it differently the next time
 """
 
@@ -290,6 +291,37 @@ def learns(b: Bench) -> None:
     assert losses[-1] < losses[0] - 0.02 * abs(losses[0]), losses
 
 
+def usual(b: Bench) -> None:
+    """The usual loop takes the steps of ``train_step``: the first by a run of its own, the others by halves."""
+    after = []
+    for step in (_whole_step, _usual_step):
+        b.reset()
+        opt = b.optimizer(b.traced, feedback=b.family.mixes != "other")
+        for seed in range(3):
+            step(b, opt, seed)
+            assert not opt.stats["skipped"]
+        after.append({n: p.detach().clone() for n, p in [*b.traced.named_parameters(), *b.traced.named_buffers()]})
+    for name, want in after[0].items():
+        close(after[1][name], want, b.family.tolerance or 1e-6, name)
+
+
+def _whole_step(b: Bench, opt: ddpn_fx.DDPNOpt, seed: int) -> None:
+    b.step(opt, seed=seed)
+
+
+def _usual_step(b: Bench, opt: ddpn_fx.DDPNOpt, seed: int) -> None:
+    if b.broken is not None:
+        raise b.broken
+    inputs, target = b.family.sample(4, seed)
+    output = call(b.traced, inputs)
+    if b.family.loss is not None:
+        loss = b.family.loss(output, target)
+    else:
+        loss = next(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.numel() == 1)
+    loss.backward()
+    opt.step()
+
+
 CHECKS: dict[str, Callable[[Bench], None]] = {
     "names": names,
     "sgd": sgd,
@@ -299,6 +331,7 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
     "coverage": coverage,
     "noise": noise,
     "learns": learns,
+    "usual": usual,
 }
 
 

@@ -206,7 +206,15 @@ def mixture_nll(output: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor
     return -torch.logsumexp(logits.log_softmax(-1) + log_p, -1).mean()
 
 
-@family("mixture density network", regression(2, out=(1,)), mixture_nll, kind="other", curvature=1.0, slow=True)
+@family(
+    "mixture density network",
+    regression(2, out=(1,)),
+    mixture_nll,
+    kind="other",
+    curvature=1.0,
+    slow=True,
+    without={"usual": "the loss reads several outputs: train_step"},
+)
 class MixtureDensity(nn.Module):
     def __init__(self):
         super().__init__()
@@ -235,6 +243,7 @@ class Denoising(nn.Module):
     F.huber_loss,
     kind="other",
     curvature=1.0,
+    without={"usual": "no target follows from the gradient of a Huber loss: train_step"},
 )
 class Taylor(nn.Module):
     def __init__(self):

@@ -57,6 +57,7 @@ def two_losses(output: dict, target: tuple) -> Tensor:
     two_losses,
     kind="other",
     curvature=1.0,
+    without={"usual": "the loss reads several outputs: train_step"},
 )
 class MultiTask(nn.Module):
     def __init__(self):
@@ -75,6 +76,7 @@ class MultiTask(nn.Module):
     kind="other",
     curvature=1.0,
     slow=True,
+    without={"usual": "the loss reads several outputs: train_step"},
 )
 class Auxiliary(nn.Module):
     def __init__(self):
