@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,13 @@ class Call:
         self.gradients: dict[int, Tensor] = {}
         self.spec = pytree.tree_structure(None)
         self._followers = list(map(weakref.ref, net._followers))
-        self._params = list(net.parameters())
+        self._device, self._autocast = "cpu", None
+        self._params: list[Tensor] = []
+        self._versions: list[int] = []
+
+    def rest_on(self, params: Iterable[Tensor]) -> None:
+        """Note the weights that the output is made with, and their autocast."""
+        self._params = list(params)
         self._versions = [p._version for p in self._params]
         self._device = next((p.device.type for p in self._params), "cpu")
         self._autocast = autocast(self._device)
@@ -89,7 +95,7 @@ class Call:
             TypeError: positional and keyword arguments, and not all of the former have a name.
         """
         if not self.kwargs:
-            return self.args
+            return self.args[0] if len(self.args) == 1 and type(self.args[0]) is Tensor else self.args
         if not self.args:
             return dict(self.kwargs)
         signature = inspect.signature(self._model.forward)
@@ -204,4 +210,7 @@ def call(net: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     made = Call(net, args, kwargs)
     followers = [opt for opt in net._followers if opt._usual.ends_in_step is not False]
     only = followers[0] if len(followers) == 1 else None
-    return made.follow(net._run(*args, **kwargs) if only is None else only._usual.run(only, made))
+    if only is not None:
+        return made.follow(only._usual.run(only, made))
+    made.rest_on(net.parameters())
+    return made.follow(net._run(*args, **kwargs))

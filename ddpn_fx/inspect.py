@@ -133,7 +133,8 @@ def graphs(net: CompiledModule) -> dict[str, fx.GraphModule]:
     """Every generated graph by name.
 
     ``captured`` (in normal form), ``stage0`` ..., and of each compiled step ``simulate``, ``backward``,
-    ``feedback`` and ``step`` (the fused program), numbered from the second on.
+    ``feedback`` and ``step`` (the fused program), numbered from the second on; where the usual loop has run, the
+    halves of that program too: ``to_output`` and ``from_gradient``.
     """
     return {name: module for name, (module, _) in graphs_with_inputs(net, evaluate=False).items()}
 
@@ -163,6 +164,15 @@ def graphs_with_inputs(
             found[name + suffix] = pair
         if lowered.module is not None:
             found["step" + suffix] = (lowered.module, flat)
+        if "halves" in lowered.__dict__ and lowered.halves is not None:  # the usual loop has run by them
+            first, second = lowered.halves.first, lowered.halves.second
+            given = [flat[i] for i in first.inputs]
+            found["to_output" + suffix] = (first.module, given)
+            if evaluate:
+                with torch.no_grad():
+                    handed = first.module(*given)
+                given = [*(flat[i] for i in second.inputs), *handed]
+            found["from_gradient" + suffix] = (second.module, given)
     if net._chains:
         complete({name: module for name, (module, _) in found.items()}, net.chain, net._options["loss"])
     return found

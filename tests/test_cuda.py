@@ -175,6 +175,28 @@ def test_a_recorder_waits_only_where_it_reads():
         assert len(recorder.history) == 8
 
 
+def test_the_usual_loop_takes_the_steps_of_train_step_and_waits_for_nothing():
+    model = Net().cuda()
+    nets = [ddpn_fx.compile(copy.deepcopy(model), loss=F.cross_entropy) for _ in range(2)]
+    whole, usual = map(ddpn_fx.DDPNOpt, nets)
+    x, y = moved(batch())
+
+    def loop():
+        usual.zero_grad()
+        loss = F.cross_entropy(nets[1](x), y)
+        loss.backward()
+        usual.step()
+
+    for _ in range(4):
+        whole.train_step(x, y)
+    for _ in range(3):  # the first waits, to see which target has such a gradient; the second compiles nothing more
+        loop()
+    with no_waiting():
+        loop()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-3, atol=1e-4)
+
+
 def test_under_autocast_a_step_is_near_that_of_float32():
     model = Net().cuda()
     nets = [ddpn_fx.compile(copy.deepcopy(model), loss=F.cross_entropy) for _ in range(2)]

@@ -136,13 +136,6 @@ def test_it_is_an_optimizer():
     assert "lr: 0.5" in repr(opt)
 
 
-def test_step_shows_the_call_to_use():
-    opt = ddpn_fx.DDPNOpt(compiled())
-    for call in (opt.step, lambda: opt.step(lambda: 0.0)):
-        with pytest.raises(RuntimeError, match=r"DDPNOpt.step\(\)(.|\n)*opt.train_step\(x, y\)"):
-            call()
-
-
 def test_the_loss_is_a_scalar_of_before_the_step():
     net = compiled()
     opt = ddpn_fx.DDPNOpt(net)

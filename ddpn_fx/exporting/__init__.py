@@ -51,6 +51,8 @@ _ABOUT = {
     "backward": "the trajectory -> the value function's factors and the policy of every stage",
     "feedback": "the policy and x_0 -> the updated controls u + du",
     "step": "one whole training step: simulate, backward and feedback",
+    "to_output": "the step up to the model's output, for the usual loop: net(x)",
+    "from_gradient": "the rest of that step, once the loss's gradient has come back: opt.step()",
 }
 
 

@@ -8,6 +8,7 @@ step size beyond, and DDPNOpt's two settings as they are. (SGD was the best on n
     python examples/bench/schedules.py --data FOLDER                     all tasks, hours on one core; it is resumed
     python examples/bench/schedules.py --data FOLDER --tasks mnist-128   a part, and the page of all that is there
     python examples/bench/schedules.py --data FOLDER --times 8 --kinds decayed --out FILE   eight times as long
+    ... --kinds decayed regularized   and once more with weight decay: DDPNOpt's at one value, the baselines' tuned
 
 Writes the trainings as JSON and a Markdown table: the reported merit at the end, means over the seeds.
 """
@@ -15,14 +16,15 @@ Writes the trainings as JSON and a Markdown table: the reported merit at the end
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from target import DEFAULT, EIGEN, SEEDS, SETTINGS, Bench, Chosen, Record, reached
 from tasks import TASKS, Task
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -32,8 +34,12 @@ from ddpn_fx.demo.compare import one_thread
 
 RESULTS = Path(__file__).resolve().parents[1] / "results/bench/schedules.json"
 CONSTANT, AVERAGED, DECAYED = KINDS = "constant", "averaged", "decayed"
+REGULARIZED = "regularized"  # a falling step size, and weight decay
 DECAY = 0.98  # of the moving average of the weights
 OURS = (DEFAULT, EIGEN)
+# Weight decay: one for each of DDPNOpt's settings, decoupled; for the baselines a grid, at the step size that is best
+# without (momentum's in the gradient, as torch.optim.SGD has it, Adam's decoupled, AdamW's).
+WEIGHT_DECAY = {DEFAULT: (0.0003,), EIGEN: (0.1,), "momentum": (0.0001, 0.0005, 0.002), "Adam": (0.01, 0.1, 0.5)}
 
 
 class Scheduled(Bench):
@@ -48,6 +54,43 @@ class Scheduled(Bench):
             grids = {name: (round(min(values) / 3, 4), *values) for name, values in grids.items()}
         super().__init__(replace(task, grids=grids, steps=times * task.steps), folder, record, rows=OURS)
         self.kind = kind
+        self.without = Scheduled(task, folder, record, DECAYED, times) if kind == REGULARIZED else None
+
+    def run(self, *, timed: bool = True) -> Chosen:
+        """All trainings that are missing. With weight decay a baseline is the best of it at the best step size."""
+        if self.without is None:
+            return super().run(timed=timed)
+        plain = self.without.run(timed=False)
+        self.without.loaded.cache_clear()
+        chosen: Chosen = {}
+        for row, (method, value) in plain.items():
+            names = [f"{method} + weight decay {w:g}" for w in WEIGHT_DECAY[method]]
+            best = names[0] if row in OURS else max(names, key=lambda name, value=value: self._choice(name, value))
+            chosen[row] = best, value
+        for method, value in (chosen[self.rival(chosen)], *(chosen[row] for row in OURS)):
+            for seed in range(SEEDS):
+                self.cell(method, value, seed)
+        return chosen
+
+    def last(self) -> tuple[str, float]:
+        """The method that is trained last, and its step size."""
+        decay = f" + weight decay {WEIGHT_DECAY[EIGEN][0]:g}" if self.kind == REGULARIZED else ""
+        return EIGEN + decay, SETTINGS[EIGEN][0]
+
+    def begin(
+        self, method: str, value: float, seed: int
+    ) -> tuple[Callable[..., Tensor], nn.Module, list[torch.optim.Optimizer]]:
+        """As a constant step's; with the weight decay that the method's name ends in."""
+        plain, _, decay = method.partition(" + weight decay ")
+        step, model, optimizers = super().begin(plain, value, seed)
+        for optimizer in optimizers if decay else ():
+            if isinstance(optimizer, ddpn_fx.DDPNOpt):
+                optimizer.decoupled = True
+            for group in optimizer.param_groups:
+                group["weight_decay"] = float(decay)
+                if isinstance(optimizer, torch.optim.Adam):
+                    group["decoupled_weight_decay"] = True
+        return step, model, optimizers
 
     def key(self, method: str, value: float, seed: int, kind: str | None = None) -> str:
         """A training's name in the record."""
@@ -55,7 +98,7 @@ class Scheduled(Bench):
 
     def _train(self, method: str, value: float, seed: int) -> dict[str, Any]:
         step, model, optimizers = self.begin(method, value, seed)
-        if self.kind == DECAYED:
+        if self.kind in (DECAYED, REGULARIZED):
             schedules = [LambdaLR(optimizer, lambda taken: 1 - taken / self.task.steps) for optimizer in optimizers]
 
             def decayed(x: Tensor, y: Tensor) -> Tensor:
@@ -89,7 +132,8 @@ def ends(bench: Scheduled, chosen: Chosen) -> dict[str, Any]:
         steps = reached(curves[row], target, higher)
         complete = bool(curves[row]) and curves[row][-1][0] == bench.task.steps
         rows[row] = {"end": curves[row][-1][1] if complete else None, "steps": steps and steps / own}
-    return {"rival": f"{rival} {chosen[rival][1]:g}", "target": target, "rows": rows}
+    method, value = chosen[rival]
+    return {"rival": f"{rival} {value:g}{method.removeprefix(rival)}", "target": target, "rows": rows}
 
 
 def table(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Task]) -> str:
@@ -131,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="DIR", help="folder of the .npz files (see ddpn_fx.data)")
     parser.add_argument("--tasks", nargs="+", choices=[t.key for t in TASKS], default=[t.key for t in TASKS])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, REGULARIZED), default=KINDS)
     parser.add_argument("--times", metavar="N", type=int, default=1, help="as many steps as target.py's (default: 1)")
     parser.add_argument("--out", metavar="FILE", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -146,10 +190,9 @@ def main() -> None:
             for kind in options.kinds if task.key in options.tasks else ():
                 Scheduled(task, options.data, record, kind, options.times).run(timed=False)
     found: dict[str, dict[str, Any]] = {}
-    last = SEEDS - 1
     for task in TASKS:
         benches = [Scheduled(task, options.data, record, kind, options.times) for kind in options.kinds]
-        if all(b.key(EIGEN, SETTINGS[EIGEN][0], last) in record.cells for b in benches):
+        if all(b.key(*b.last(), SEEDS - 1) in record.cells for b in benches):
             found[task.key] = {b.kind: ends(b, b.run(timed=False)) for b in benches}
     about = {task.key: task for task in TASKS}
     record.write(tasks=found)
@@ -158,7 +201,9 @@ def main() -> None:
         "# With averaged weights, and with a step size that falls to 0",
         f"Merit on the reported part at the end{longer}, means over {SEEDS} seeds; the part of the baseline's steps in "
         f"which DDPNOpt reaches the baseline's end. Averaged: a moving average of the weights, {DECAY}. Decayed: the "
-        "step size falls linearly to 0, for all.",
+        "step size falls linearly to 0, for all. Regularized: and weights decay, by "
+        + "; ".join(f"{name} {', '.join(f'{w:g}' for w in values)}" for name, values in WEIGHT_DECAY.items())
+        + ".",
         table(found, about),
         *verdict(found, about),
         report.describe(report.environment()),

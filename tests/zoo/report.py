@@ -105,6 +105,7 @@ def page(rows: list[dict], refusals: list[dict]) -> str:
         "coverage": "every parameter with a gradient moves; frozen and unused ones do not",
         "noise": "with dropout and noise on: the same seed gives the same step, another seed another",
         "learns": 'ten steps of `"eigen-factored"` on one batch lower its loss, and none is left out',
+        "usual": "three turns of `loss.backward(); opt.step()` equal three of `train_step`, buffers too",
     }
     lines += [f"| {c} | {explained[c]} |" for c in CHECKS]
     lines += [
