@@ -138,13 +138,14 @@ class UsualLoop:
         after = _copies(opt)
         _put_back(call.buffers)  # the call has updated them: the step runs from what they were before
         key = _key(call)
-        known = key is None or key in self._kinds
+        new = key is not None and key not in self._kinds
+        kind = self._kinds.get(key)
         both = _Both()
         try:
-            opt._take(call.inputs, target, trouble, Ready.run if known else both)
+            opt._take(call.inputs, target, trouble, both if new or (kind and kind.alone is None) else Ready.run)
         finally:
             _put_back(after)
-        if known:
+        if not new:
             return
         self._kinds[key] = None
         if _scaling(opt)[0] is not None or not both.trains_all:

@@ -66,6 +66,8 @@ CATALOGUE = (
     Entry("dead-code", "Drops what no output needs.", part_of="fuse"),
     Entry("side-by-side", "On a GPU, joins small products with columns, for K and for the changes, into one of each "
           "kind.", part_of="fuse"),
+    Entry("halve", "Cuts the traced graph in two at the model's output, for a loop in which the loss is the user's to "
+          "call.", "opt.step() after loss.backward() runs by it"),
     Entry("lower", "Hands the graph to torch.compile.", 'compile(backend="eager") runs the graph as it is'),
 )  # fmt: skip
 """Every pass, in the order of a compilation."""

@@ -117,6 +117,8 @@ def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 def _made_again(node: fx.Node) -> bool:
     """A view, or a constant: made in no time, and with no memory of its own or no need of any other."""
     target = node.target
+    if target is operator.getitem:  # one of several views
+        return _made_again(node.args[0])  # type: ignore[arg-type]
     if target is aten._unsafe_view.default:
         return True
     if not isinstance(target, torch._ops.OpOverload):

@@ -207,7 +207,12 @@ def lower(
             record.after = op_counts(module.graph)
 
     def cut() -> Halves | None:
-        halves = halve(module, ends, names.late(program)) if ends else None
+        with timed("halve", records, module.graph) as record:
+            halves = halve(module, ends, names.late(program)) if ends else None
+            if halves is not None:
+                first, second = (op_counts(half.module.graph) for half in (halves.first, halves.second))
+                record.after = first + second
+                record.counts = {"handed over": len(halves.first.module.graph.output_node().all_input_nodes)}
         if halves is not None and backend != "eager":
             for half in (halves.first, halves.second):
                 half.compile(backend, compile_kwargs, names.lasting)
