@@ -632,6 +632,83 @@ def test_what_is_no_likelihood_stays_as_it_is(end, loss):
     assert net.chain.loss_node is None
 
 
+MULTIPLES = {
+    "half": (lambda o, t: 0.5 * F.cross_entropy(o, t), 0.5, LABELS),
+    "over a number of the batch": (lambda o, t: F.cross_entropy(o, t, reduction="sum") / (t >= 0).sum(), 1.0, LABELS),
+    "twice, and a sixth": (lambda o, t: 2 * (F.cross_entropy(o, t, reduction="sum") / 6), 2.0, LABELS),
+    "of squares": (lambda o, t: F.mse_loss(o, t) * 3.0, 3.0, None),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_a_multiple_of_a_known_loss_is_known(name):
+    """c times a loss at step size eta takes the step of the loss at c eta: (1 / eta + c J^T D J)^-1 c grad J."""
+    loss, factor, y = MULTIPLES[name]
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = torch.randn(6, 15, generator=torch.Generator().manual_seed(2), dtype=torch.float64) if y is None else y
+    ends = []
+    for criterion, lr in ((loss, 1.0), (F.mse_loss if y.is_floating_point() else F.cross_entropy, factor)):
+        net = ddpn_fx.compile(ending(lambda z: z), loss=criterion, backend="eager")
+        opt = ddpn_fx.DDPNOpt(net, lr=lr)
+        for _ in range(2):
+            opt.train_step(x, y)
+        assert net.chain.loss_node is not None
+        ends.append([p.detach() for p in net.parameters()])
+    for got, want in zip(*ends, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: -0.5 * F.cross_entropy(o, t),  # a bound of it is no bound any more
+        lambda o, t: o.square().mean() * F.cross_entropy(o, t),
+        lambda o, t: F.cross_entropy(o, t) / o.mean().abs(),
+    ],
+)
+def test_what_is_no_multiple_of_a_known_loss(loss):
+    net = ddpn_fx.compile(ending(lambda z: z), loss=loss, backend="eager")
+    net.capture(torch.randn(6, 4, dtype=torch.float64), LABELS, with_target=True)
+    assert net.chain.loss_node is None
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_under_autocast_is_captured(p):
+    """1 / (1 - p) rounds in the lower precision, in eager mode and in the graph at another place."""
+    torch.manual_seed(0)
+    net = ddpn_fx.compile(
+        nn.Sequential(nn.Linear(4, 32), nn.Dropout(p), nn.Linear(32, 15)), loss=F.cross_entropy, backend="eager"
+    )
+    opt = ddpn_fx.DDPNOpt(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert opt.train_step(torch.randn(6, 4), LABELS).isfinite()
+    assert opt.stats["skipped"] == 0
+
+
+class _Transposed(nn.Module):
+    """A linear layer as GPT-2 has it, over all positions of all samples at once."""
+
+    def __init__(self, mixing):
+        super().__init__()
+        self.weight, self.bias, self.mixing = nn.Parameter(torch.randn(8, 15)), nn.Parameter(torch.zeros(15)), mixing
+
+    def forward(self, x):
+        rows = torch.addmm(self.bias, x.reshape(-1, 8), self.weight).view(*x.shape[:-1], 15)
+        return rows.mean(1) + (rows.mean(1).roll(1, 0) if self.mixing else 0.0)
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_under_autocast_samples_that_mix_are_seen(mixing):
+    net = ddpn_fx.compile(nn.Sequential(nn.Linear(4, 8), _Transposed(mixing)), loss=F.cross_entropy, backend="eager")
+    opt = ddpn_fx.DDPNOpt(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        if mixing:
+            with pytest.raises(ddpn_fx.StagingError, match="mixes the samples"):
+                opt.train_step(torch.randn(6, 5, 4), LABELS)
+        else:
+            assert opt.train_step(torch.randn(6, 5, 4), LABELS).isfinite()
+
+
 def test_a_probability_that_rounds_to_one_keeps_its_gradient():
     """Torch's own loss of probabilities is cut at 100 there, and its gradient is lost."""
     model = ending(torch.sigmoid).float()

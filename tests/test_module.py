@@ -1,7 +1,10 @@
 """The wrapper is the user's module in all that others see: names, state, attributes, modes, copies, pickles."""
 
 import copy
+import functools
+import inspect
 import io
+import types
 
 import pytest
 import torch
@@ -709,3 +712,42 @@ def test_unknown_options_of_compile(options, error, match):
     options = {"model": Net(), "loss": F.cross_entropy, **options}
     with pytest.raises(error, match=match):
         ddpn_fx.compile(**options)
+
+
+def test_forward_has_the_signature_of_the_module():
+    net = compiled()
+    assert inspect.signature(net.forward) == inspect.signature(net._original.forward)
+    assert inspect.signature(copy.deepcopy(net).forward) == inspect.signature(Net().forward)
+    assert inspect.signature(type(net).forward)  # of the class, as the HF Trainer asks
+
+
+def test_a_forward_that_calls_the_wrappers_stays_on_the_wrapper():
+    """As Accelerate sets one: on the module it would call itself."""
+    net = compiled()
+    x, _ = batch()
+    want = net(x)
+    plain = net.forward
+
+    @functools.wraps(plain)
+    def doubled(*args):
+        return 2 * plain(*args)
+
+    net.forward = doubled
+    assert torch.equal(net(x), 2 * want)
+    assert "forward" not in net._original.__dict__
+    assert torch.equal(net._original(x), want)
+    net.forward = types.MethodType(functools.wraps(type(net).forward)(lambda self, x: 3 * plain(x)), net)
+    assert torch.equal(net(x), 3 * want)
+    del net.forward
+    assert torch.equal(net(x), want)
+
+
+def test_another_forward_is_the_modules():
+    net = compiled()
+    x, y = batch()
+    net.forward = lambda x: net.fc2(x[:, :1].expand(-1, 5))
+    assert torch.equal(net(x), net._original(x))
+    assert torch.equal(net(x), net.fc2(x[:, :1].expand(-1, 5)))
+    ddpn_fx.DDPNOpt(net).train_step(x, y)
+    del net.forward
+    assert net(x).shape == (6, 3)
