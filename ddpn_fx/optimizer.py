@@ -310,7 +310,8 @@ class DDPNOpt(Optimizer):
         ``loss = loss_fn(net(x), y); loss.backward(); opt.step()`` takes the step of ``opt.train_step(x, y)`` with
         ``loss_fn`` as ``compile``'s ``loss=``. The target is worked out from the gradient that reached the output and
         checked against the loss (:mod:`ddpn_fx.targets`). What was done to ``.grad`` in between, such as clipping, has
-        no part in the step. The model runs once more in it, so ``train_step`` is the faster of the two.
+        no part in the step. The first batch of a shape runs the model twice; from then on the loop costs what
+        ``train_step`` does, and weights get no ``.grad`` (:mod:`ddpn_fx.usual`).
 
         Args:
             closure: calls the model, the loss and ``backward()``, as ``torch.optim``'s.

@@ -103,7 +103,15 @@ def entries_of(model: nn.Module) -> Iterator[tuple[dict[Any, Any], Iterable[Any]
         yield from ((own[name], own[name]) for name in _MEMBERS if isinstance(own.get(name), dict))
 
 
-_MEMBERS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MEMBERS = ("_parameters", "_buffers", "_modules", *_HOOKS)
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether the user has hooks on a module or a parameter, which a program does not call."""
+    return any(module.__dict__.get(name) for module in model.modules() for name in _HOOKS) or any(
+        p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()
+    )
 
 
 class Ready:

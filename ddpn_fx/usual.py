@@ -5,7 +5,8 @@ runs the model again. From then on the first half of the step's program is the m
 worked out waits for the gradient; the step is the second half. So the loop costs what ``train_step`` does. Autograd
 then knows of the output alone, and no weight gets a ``.grad``. A model that returns its loss beside other things runs
 its forward pass once by itself, and once in the step. The plain way stays where a parameter that requires a gradient
-is none of the optimizer's, where an input wants one, and where ``torch.amp.GradScaler`` looks for gradients to scale.
+is none of the optimizer's, where an input wants one, where there are hooks to be called, and where
+``torch.amp.GradScaler`` looks for gradients to scale.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from ddpn_fx.batch import full_precision
 from ddpn_fx.calls import Call, Calls
 from ddpn_fx.passes.errors import LossError
-from ddpn_fx.ready import Given, Ready
+from ddpn_fx.ready import Given, Ready, hooked
 from ddpn_fx.targets import Arrived, Inverse
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class UsualLoop:
             call.rest_on(net.parameters())
             return net._run(*call.args, **call.kwargs)
         key = _key(call) if self.ends_in_step else None
+        if key is not None and hooked(net._original):
+            self._kinds[key] = None
         kind = None if key is None else self._kinds.get(key)
         if kind is not None and kind.alone is None:
             found = self._begin(opt, call, kind)
@@ -148,7 +151,7 @@ class UsualLoop:
         if not new:
             return
         self._kinds[key] = None
-        if _scaling(opt)[0] is not None or not both.trains_all:
+        if _scaling(opt)[0] is not None or hooked(opt.net._original) or not both.trains_all:
             return
         if both.fits(call.leaves):
             self._kinds[key] = Kind(target, call.spec)

@@ -375,6 +375,23 @@ def test_frozen_weights_stay_and_others_get_their_gradients():
     assert goes_by_halves(opts[1]) == [False]
 
 
+def test_hooks_are_called():
+    nets = [net_of(), net_of()]
+    a, b = map(ddpn_fx.DDPNOpt, nets)
+    called = []
+    for step in range(6):
+        if step == 2:  # after a step by halves
+            handle = nets[1][0].register_forward_hook(lambda *_: called.append("module"))
+            nets[1][2].weight.register_hook(lambda _: called.append("weight"))
+        x, y = batch(step)
+        a.train_step(x, y)
+        usual_step(nets[1], b, x, y)
+        equal(*nets)
+    for what in ("module", "weight"):  # in each step, and while the model is captured anew, with its hook
+        assert called.count(what) >= 4
+    handle.remove()
+
+
 def test_an_input_gets_its_gradient():
     net = net_of()
     opt = ddpn_fx.DDPNOpt(net)
