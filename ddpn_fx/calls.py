@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpn_fx.batch import autocast
 from ddpn_fx.passes.numeric import differentiable
@@ -214,3 +214,27 @@ def call(net: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return made.follow(only._usual.run(only, made))
     made.rest_on(net.parameters())
     return made.follow(net._run(*args, **kwargs))
+
+
+def signed(net: CompiledModule, model: nn.Module) -> Callable[..., Any]:
+    """The wrapper's forward with the module's signature, by which the HF Trainer tells a batch's columns."""
+    this = weakref.ref(net)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        wrapper = this()
+        assert wrapper is not None
+        return wrapper._called(*args, **kwargs)
+
+    with suppress(ValueError, TypeError):  # of a forward pass that is not Python's
+        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def calls_wrapper(net: CompiledModule, function: Any) -> bool:
+    """Whether a function is the wrapper's own forward in other clothes, as Accelerate sets one: not the module's."""
+    while function is not None:
+        if function in (type(net).forward, net.__dict__["_plain"]):
+            return True
+        found = (getattr(function, name, None) for name in ("__func__", "__wrapped__", "func"))
+        function = next((f for f in found if f is not None), None)
+    return False

@@ -14,7 +14,7 @@ import inspect
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 
 from ddpn_fx import journal
 from ddpn_fx.batch import autocast, check_batch, finite, same_structure, split_inputs, structure
-from ddpn_fx.calls import call, followed
+from ddpn_fx.calls import call, calls_wrapper, followed, signed
 from ddpn_fx.passes.capture import borrowed
 from ddpn_fx.passes.catalogue import switched_off
 from ddpn_fx.passes.errors import CaptureError
@@ -166,7 +166,7 @@ class CompiledModule(nn.Module):
         own["_original"], own["_options"] = model, dict(options)
         own["_chains"], own["_lowered"], own["_forward"], own["_volatile"] = {}, {}, None, frozenset()
         own["_followers"] = weakref.WeakSet()
-        own["forward"] = own["_plain"] = _signed(self, model)
+        own["forward"] = own["_plain"] = signed(self, model)
 
     # -- what ddpn_fx adds -------------------------------------------------------------------------
 
@@ -351,7 +351,7 @@ class CompiledModule(nn.Module):
         return getattr(self.__dict__["_original"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN or (name == "forward" and _calls_wrapper(self, value)):
+        if name in _OWN or (name == "forward" and calls_wrapper(self, value)):
             self.__dict__[name] = value
         else:
             setattr(self._original, name, value)
@@ -401,30 +401,6 @@ class CompiledModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledModule, (self._original, self._options)
-
-
-def _signed(net: CompiledModule, model: nn.Module) -> Callable[..., Any]:
-    """The wrapper's forward with the module's signature, by which the HF Trainer tells a batch's columns."""
-    this = weakref.ref(net)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        wrapper = this()
-        assert wrapper is not None
-        return wrapper._called(*args, **kwargs)
-
-    with suppress(ValueError, TypeError):  # of a forward pass that is not Python's
-        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
-    return forward
-
-
-def _calls_wrapper(net: CompiledModule, function: Any) -> bool:
-    """Whether a function is the wrapper's own forward in other clothes, as Accelerate sets one: not the module's."""
-    while function is not None:
-        if function in (CompiledModule.forward, net.__dict__["_plain"]):
-            return True
-        found = (getattr(function, name, None) for name in ("__func__", "__wrapped__", "func"))
-        function = next((f for f in found if f is not None), None)
-    return False
 
 
 def _forwarded(name: str) -> Callable[..., Any]:

@@ -11,10 +11,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddpn_fx import journal, preconditioners
+from ddpn_fx import preconditioners
 from ddpn_fx import terminal as terminals
 from ddpn_fx.batch import full_precision, split_batch
-from ddpn_fx.faults import Faults
+from ddpn_fx.faults import Faults, raise_fault
 from ddpn_fx.kept import Kept
 from ddpn_fx.last import Last, stage_figures
 from ddpn_fx.module import CompiledModule
@@ -28,15 +28,13 @@ from ddpn_fx.options import (
     number,
     of_the_metric,
 )
-from ddpn_fx.passes.errors import LossError
-from ddpn_fx.passes.ir import Chain
-from ddpn_fx.passes.lower import Lowered, lower
+from ddpn_fx.passes.lower import Lowered
 from ddpn_fx.passes.metric import Preconditioner
-from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, FAULT_TARGET, STATISTICS, Hyper, Mode
+from ddpn_fx.passes.mode import FAULT_TARGET, STATISTICS, Hyper
 from ddpn_fx.passes.numeric import accumulate_dtype
-from ddpn_fx.passes.program import Program
+from ddpn_fx.programs import program_for
 from ddpn_fx.ready import Given, Ready, entries_of, normal
-from ddpn_fx.structure import mode_of, refuse_iterations, refuse_mixing, structure_of
+from ddpn_fx.structure import refuse_iterations, structure_of
 from ddpn_fx.usual import UsualLoop
 
 
@@ -290,7 +288,7 @@ class DDPNOpt(Optimizer):
         faulty = trouble is not None or getattr(self._factor, "floor", None) is not None
         if faulty or program.chain.loss_node is None:
             for arrived in self._faults.arrived(self._values):
-                self._raise_fault(dict(zip(STATISTICS, arrived.tolist(), strict=True)))
+                raise_fault(self, dict(zip(STATISTICS, arrived.tolist(), strict=True)))
         return self._values[STATISTICS.index("loss")]
 
     def _skip(self, like: Tensor) -> None:
@@ -342,35 +340,6 @@ class DDPNOpt(Optimizer):
         """For ``torch.amp.GradScaler``, which then says by what it has multiplied the loss."""
         return True
 
-    def _raise_fault(self, stats: Mapping[str, float]) -> None:
-        fault = stats["fault"]
-        if fault == FAULT_FLOOR:
-            raise LossError(
-                "DDPNOpt.train_step: a sample's loss is below "
-                f"loss_floor={self._factor.floor!r} "  # type: ignore[attr-defined]
-                f"(batch loss {stats['loss']:.6g}); no weight was changed. "
-                "Pass the loss's true least value as loss_floor="
-            )
-        if fault == FAULT_MIXING:
-            raise LossError(
-                "DDPNOpt.train_step: the loss mixes the samples of the batch "
-                "(dJ/dx_T of a sample is not along the gradient of the sample's own loss), "
-                "so it has no per-sample terminal model; no weight was changed. Use terminal='gradient', "
-                "or a loss that is a weighted sum over samples"
-            )
-        if fault == FAULT_TARGET:
-            raise LossError(self._wrong_target())
-
-    def _wrong_target(self) -> str:
-        loss = self.net._options["loss"]
-        name = "the model's own loss" if loss is None else f"loss={getattr(loss, '__name__', type(loss).__name__)}"
-        return (
-            f"DDPNOpt.step: the gradient that reached the model's output is not that of {name} for any target that "
-            "could be worked out (was the loss scaled, a term added, or another loss called than loss= of "
-            "ddpn_fx.compile?); no weight was changed. Pass the loss that the loop calls to ddpn_fx.compile, or use "
-            "opt.train_step(x, y)"
-        )
-
     # -- programs ----------------------------------------------------------------------------------
 
     def _make_ready(self, inputs: Any, target: Any) -> Ready:
@@ -382,61 +351,10 @@ class DDPNOpt(Optimizer):
         leaves = [normal(t) if isinstance(t, Tensor) else t for t in leaves]
         params = dict(net.named_parameters(remove_duplicate=False))
         buffers = dict(net.named_buffers(remove_duplicate=False))
-        lowered = self._lowered(leaves, spec, batch, params, buffers)
+        lowered = program_for(self, leaves, spec, batch, params, buffers)
         state = self._kept.of(lowered.program, self.state, params)
         kept = [self.state, *(self.state[p] for p in params.values() if p in self.state)]
         return Ready(lowered, params, buffers, state, [*entries_of(net._original), *((k, k) for k in kept)])
-
-    def _lowered(
-        self,
-        leaves: list[Any],
-        spec: pytree.TreeSpec,
-        batch: int,
-        params: Mapping[str, nn.Parameter],
-        buffers: Mapping[str, Tensor],
-    ) -> Lowered:
-        """The program for such a batch and the present structure. Optimizers of one net share them."""
-        net = self.net
-        shapes = tuple(
-            (t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (type(t).__name__, repr(t)) for t in leaves
-        )
-        # A trace holds for the strides it was made with (channels last, a slice): its views are of that memory.
-        layouts = tuple([t.stride() for t in (*leaves, *params.values()) if isinstance(t, Tensor)])
-        key = ((str(spec), layouts), shapes, net._signature(params, buffers))
-        present = (key, structure_of(self), tuple(map(id, params.values())))
-        if present in self._programs:
-            return self._programs[present]
-        mode = mode_of(self, params)
-        args, kwargs, targets = pytree.tree_unflatten(leaves, spec)
-        chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
-        shared = (*key[:2], net._signature(params, buffers), mode)
-        if shared not in net._lowered:
-            with full_precision(params):
-                net._lowered[shared] = self._lower(chain, mode, leaves, batch, params)
-            journal.compiled(self)
-        self._programs[present] = net._lowered[shared]
-        return self._programs[present]
-
-    def _lower(
-        self, chain: Chain, mode: Mode, leaves: list[Any], batch: int, params: Mapping[str, nn.Parameter]
-    ) -> Lowered:
-        refuse_mixing("DDPNOpt.train_step", chain, self.feedback)
-        program = Program(chain, mode, batch, leaves)
-        options = self.net._options
-        kwargs_of_compile = {k: v for k, v in options["compile_kwargs"].items() if k != "fullgraph"}
-        if options["mode"] is not None:
-            kwargs_of_compile["mode"] = options["mode"]
-        vector = self._new_vector(next(iter(params.values())))
-        return lower(
-            program,
-            {n: p.detach() for n, p in params.items()},
-            dict(self.net.named_buffers(remove_duplicate=False)),
-            leaves,
-            vector,
-            self._kept.of(program, self.state, params),
-            backend=options["backend"],
-            compile_kwargs=kwargs_of_compile,
-        )
 
     def _new_vector(self, like: Tensor) -> Tensor:
         return torch.tensor(self._numbers(), dtype=accumulate_dtype(like.dtype)).to(like.device, non_blocking=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ddpn_fx.batch import full_precision
 from ddpn_fx.calls import Call, Calls
-from ddpn_fx.passes.errors import LossError
+from ddpn_fx.faults import raise_fault
+from ddpn_fx.passes.mode import FAULT_TARGET
 from ddpn_fx.ready import Given, Ready, hooked
 from ddpn_fx.targets import Arrived, Inverse
 
@@ -117,11 +118,11 @@ class UsualLoop:
             arrived = call.arrived(scale, opt.net._options["loss"] is None)
             lost = ~arrived.gradient.isfinite().all()
             found = self._target(opt, arrived)
-            if found is None and bool(lost):
+            if found is None:
+                if not bool(lost):
+                    raise_fault(opt, {"fault": FAULT_TARGET})
                 opt._skip(lost)
                 return
-            if found is None:
-                raise LossError(opt._wrong_target())
             target, wrong = found
             if found_inf is not None:
                 lost = lost | (torch.as_tensor(found_inf, device=lost.device) > 0)
