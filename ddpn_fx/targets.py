@@ -82,7 +82,8 @@ class Inverse:
         output = arrived.output
         dims = [d for d in sorted({1, output.dim() - 1}) if 0 < d < output.dim() and output.shape[d] > 1]
         ways: list[tuple[Callable[[int], Way], int]] = [(way, dim) for way in (_index, _smoothed) for dim in dims]
-        for make, dim in [*ways, (_affine, 0), *((_soft, dim) for dim in dims)]:
+        single = [(_affine_single, -1)] if output.dim() > 1 and output.shape[-1] == 1 else []
+        for make, dim in [*ways, (_affine, -1), *single, *((_soft, dim) for dim in dims)]:
             try:
                 with warnings.catch_warnings():  # of shapes that broadcast
                     warnings.simplefilter("ignore")
@@ -153,14 +154,19 @@ def _smoothed(dim: int) -> Way:
 
 def _affine(dim: int) -> Way:
     """The target of the output's shape in which the gradient is affine, element by element."""
+    return lambda gradient, x, given, ignored: _solved(gradient, given, x.shape)
 
-    def way(gradient: Gradient, x: Tensor, given: Tensor, ignored: int) -> Tensor:
-        at_zero = gradient(torch.zeros_like(x))
-        slope = gradient(torch.ones_like(x)) - at_zero
-        safe = torch.where(slope == 0, torch.ones_like(slope), slope)
-        return torch.where(slope == 0, torch.zeros_like(slope), (given - at_zero) / safe)
 
-    return way
+def _affine_single(dim: int) -> Way:
+    """The same without the last dimension, of one element, which the loss squeezes."""
+    return lambda gradient, x, given, ignored: _solved(gradient, given, x.shape[:dim])
+
+
+def _solved(gradient: Gradient, given: Tensor, shape: Sequence[int]) -> Tensor:
+    at_zero = gradient(given.new_zeros(shape))
+    slope = gradient(given.new_ones(shape)) - at_zero
+    safe = torch.where(slope == 0, torch.ones_like(slope), slope)
+    return torch.where(slope == 0, torch.zeros_like(slope), (given - at_zero) / safe).reshape(shape)
 
 
 def _soft(dim: int) -> Way:

@@ -71,13 +71,13 @@ def halve(module: fx.GraphModule, outputs: Sequence[fx.Node], late: Collection[i
         late: positions of the inputs that are not there yet when the output is asked for.
 
     Returns:
-        The halves, or None where the output needs one of the late inputs, or is an input itself.
+        The halves, or None where there is no output, or one needs one of the late inputs or is an input itself.
     """
     graph = module.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     early = _ancestors(outputs)
     early |= {n for n in graph.nodes if n.target is operator.getitem and n.args[0] in early}  # no tuple is handed over
-    if any(inputs[i] in early for i in late) or any(n.op != "call_function" for n in outputs):
+    if not outputs or any(inputs[i] in early for i in late) or any(n.op != "call_function" for n in outputs):
         return None
     rest = [n for n in graph.nodes if n.op == "call_function" and n not in early]
     end = graph.output_node()

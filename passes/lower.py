@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -187,8 +187,7 @@ def lower(
             for name, value in new.items():
                 written.append((position[kind, name], len(outputs)))
                 outputs.append(value)
-        present = [t for t in made if t is not None]
-        return [*outputs, *present] if len(present) == len(made) else outputs
+        return [*outputs, *made]
 
     with timed("trace", records) as record:
         module = trace(step, flat)
@@ -197,8 +196,8 @@ def lower(
     with timed("fuse", records, module.graph) as record:
         _write_in_place(module, written)
         fuse(module, program.mode.off)
-        ends = _drop_outputs(module, program.mode.off)
         _name_placeholders(module, names)
+        cuttable, ends = _drop_outputs(module, program.mode.off)
         record.after = op_counts(module.graph)
     run: Callable[..., Any] = module
     if backend != "eager":
@@ -208,7 +207,7 @@ def lower(
 
     def cut() -> Halves | None:
         with timed("halve", records, module.graph) as record:
-            halves = halve(module, ends, names.late(program)) if ends else None
+            halves = halve(cuttable, ends, names.late(program))
             if halves is not None:
                 first, second = (op_counts(half.module.graph) for half in (halves.first, halves.second))
                 record.after = first + second
@@ -221,15 +220,26 @@ def lower(
     return Lowered(program, names, module, run, vector.clone(), shapes, records, cut)
 
 
-def _drop_outputs(module: fx.GraphModule, off: Iterable[str]) -> list[fx.Node]:
-    """Return the statistics alone again; the nodes of the model's outputs, where all of them are still needed."""
+def _drop_outputs(module: fx.GraphModule, off: Iterable[str]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Return the statistics alone again.
+
+    Returns:
+        A graph with the model's outputs, and their nodes: this one, or a copy where it does not need them itself.
+    """
     output = module.graph.output_node()
-    values, *ends = output.all_input_nodes
+    values, *ends = cast("tuple[fx.Node, ...]", output.args[0])
+    whole = module
+    if any(set(n.users) == {output} for n in ends):
+        copied: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.graph_copy(module.graph, copied)
+        graph.output((copied[values],))
+        whole, ends = fx.GraphModule(module, graph), [copied[n] for n in ends]
     output.args = ((values,),)
     if "dead-code" not in expanded(off):
         module.graph.eliminate_dead_code()
-    left = set(module.graph.nodes)
-    return ends if all(n in left for n in ends) else []
+        module.recompile()
+    return whole, ends
 
 
 def _untraced(program: Program, names: Signature) -> Callable[..., tuple[Tensor]]:

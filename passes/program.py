@@ -26,7 +26,7 @@ from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.metric import Site, sites
 from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
 from ddpn_fx.passes.provenance import origin
-from ddpn_fx.passes.simulate import Trajectory, new_buffers, simulate
+from ddpn_fx.passes.simulate import Trajectory, new_buffers, outputs, simulate
 
 
 def pack(statistics: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -111,11 +111,11 @@ class Program:
         leaves: Sequence[Any],
         vector: Tensor,
         state: Mapping[str, Tensor],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor, list[Tensor | None]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor, list[Tensor]]:
         """One whole step: ``(new parameters, new buffers, new optimiser state, statistics vector, outputs)``.
 
         A step whose factors are not finite (or that met a fault) returns everything unchanged. The outputs are the
-        model's, its loss where it returns one; None for one that nothing of the step needs.
+        model's; its loss where it returns one.
         """
         hyper = Hyper.unpack(vector)
         with self.kernels():
@@ -129,6 +129,5 @@ class Program:
             moved = new_buffers(self.chain, trajectory)
             kept_buffers = {n: torch.where(skipped, buffers[n], t) for n, t in moved.items()}
             packed = pack(statistics, vector.dtype)
-        captured = self.chain.captured
-        outputs = [trajectory.env.get(captured.outputs[i]) for i in captured.output_indices] or [trajectory.loss]
-        return new_params, kept_buffers, kept_state, packed, outputs
+            made = outputs(self.chain, trajectory)
+        return new_params, kept_buffers, kept_state, packed, made

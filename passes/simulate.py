@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ddpn_fx.passes import loss as losses
 from ddpn_fx.passes.catalogue import enabled
 from ddpn_fx.passes.derive import Twin, active
-from ddpn_fx.passes.ir import Chain, Kind
+from ddpn_fx.passes.ir import HELD, Chain, Kind
 from ddpn_fx.passes.linearize import Env, Parameters, Tape, context, forward
 from ddpn_fx.passes.mode import Mode
 from ddpn_fx.passes.provenance import origin
@@ -87,16 +87,33 @@ def simulate(
 def new_buffers(chain: Chain, trajectory: Trajectory) -> dict[str, Tensor]:
     """New values of the buffers that the model's forward pass updates, by name: once, from the simulation."""
     wanted: dict[str, fx.Node] = {name: chain.captured.outputs[i] for name, i in chain.captured.mutations.items()}
+    return dict(zip(wanted, values_of(chain, trajectory, list(wanted.values())), strict=True))
+
+
+def outputs(chain: Chain, trajectory: Trajectory) -> list[Tensor]:
+    """The model's floating outputs, its loss alone where it returns one; none if one draws what the step does not."""
+    captured = chain.captured
+    wanted = [captured.outputs[i] for i in captured.output_indices]
+    if any(chain.kinds[n] in HELD for n in _missing(chain, trajectory, wanted)):
+        return []
+    return values_of(chain, trajectory, wanted) or ([] if trajectory.loss is None else [trajectory.loss])
+
+
+def values_of(chain: Chain, trajectory: Trajectory, wanted: Sequence[fx.Node]) -> list[Tensor]:
+    """Values of nodes of the captured graph, worked out from the simulation where they are no part of it."""
+    missing = _missing(chain, trajectory, wanted)
+    ordered = [n for n in chain.graph.nodes if n in missing]
+    forward(chain, ordered, trajectory.env, trajectory.parameters, stage=None)
+    return [trajectory.env[n] if n in trajectory.env else trajectory.parameters[n] for n in wanted]
+
+
+def _missing(chain: Chain, trajectory: Trajectory, wanted: Sequence[fx.Node]) -> set[fx.Node]:
+    """What has to be evaluated for nodes beside what the simulation has."""
     missing: set[fx.Node] = set()
-    stack = [n for n in wanted.values() if n not in trajectory.env]
+    stack = [n for n in wanted if n not in trajectory.env]
     while stack:
         node = stack.pop()
         if node not in missing and node not in trajectory.env and chain.kinds[node] is not Kind.PARAMETER:
             missing.add(node)
             stack.extend(node.all_input_nodes)
-    ordered = [n for n in chain.graph.nodes if n in missing]
-    forward(chain, ordered, trajectory.env, trajectory.parameters, stage=None)
-    return {
-        name: trajectory.env[node] if node in trajectory.env else trajectory.parameters[node]
-        for name, node in wanted.items()
-    }
+    return missing

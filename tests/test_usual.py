@@ -180,6 +180,10 @@ def _values(generator):
     return torch.randn(8, 4, generator=generator, dtype=torch.float64)
 
 
+def _bits(generator):
+    return (_values(generator) > 0).double()
+
+
 def _ignoring(generator):
     found = _labels(generator)
     found[::3] = -100
@@ -202,10 +206,10 @@ LOSSES = {
     "sum": (nn.CrossEntropyLoss(reduction="sum"), _labels),
     "half": (lambda o, t: 0.5 * F.cross_entropy(o, t), _labels),
     "mse": (F.mse_loss, _values),
-    "bce": (F.binary_cross_entropy_with_logits, lambda g: (_values(g) > 0).double()),
+    "bce": (F.binary_cross_entropy_with_logits, _bits),
     "bce, weighted": (
         nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.2, 1, 2, 0.5], dtype=torch.float64)),
-        lambda g: (_values(g) > 0).double(),
+        _bits,
     ),
 }
 
@@ -222,6 +226,47 @@ def test_losses_whose_target_follows_from_the_gradient(name):
         usual_step(other, b, x, target, loss)
         equal(one, other, 1e-7)
     assert goes_by_halves(b) == [True]
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy_with_logits])
+def test_a_target_without_the_last_dimension(loss):
+    def squeezed(output, target):
+        return loss(output.squeeze(1), target)
+
+    layer = nn.Linear(6, 1)
+    one, other = net_of(layer, loss=squeezed), net_of(copy.deepcopy(layer), loss=squeezed)
+    other.load_state_dict(one.state_dict())
+    a, b = ddpn_fx.DDPNOpt(one, curvature=1.0), ddpn_fx.DDPNOpt(other, curvature=1.0)
+    for step in range(3):
+        x, y = batch(step)
+        target = (y > 1).double()
+        a.train_step(x, target)
+        usual_step(other, b, x, target, squeezed)
+        equal(one, other, 1e-7)
+
+
+ENDS = {
+    "log-softmax": (nn.LogSoftmax(1), F.nll_loss, _labels),
+    "sigmoid": (nn.Sigmoid(), F.binary_cross_entropy, _bits),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_an_output_that_the_loss_is_rewritten_without(name):
+    """The loss of probabilities is that of logits: the step does not need the output, but the user does."""
+    end, loss, make = ENDS[name]
+    layers = [nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4), end]
+    one, other = net_of(*layers, loss=loss), net_of(*copy.deepcopy(layers), loss=loss)
+    other.load_state_dict(one.state_dict())
+    a, b = ddpn_fx.DDPNOpt(one), ddpn_fx.DDPNOpt(other)
+    for step in range(3):
+        x, _ = batch(step)
+        target = make(torch.Generator().manual_seed(step))
+        a.train_step(x, target)
+        usual_step(other, b, x, target, loss)
+        equal(one, other, 1e-7)
+    assert goes_by_halves(b) == [True]
+    assert torch.allclose(other(x), other._original(x))
 
 
 def test_a_loss_with_a_curvature_given():
