@@ -238,7 +238,7 @@ def _drop_outputs(module: fx.GraphModule, off: Iterable[str]) -> tuple[fx.GraphM
     output.args = ((values,),)
     if "dead-code" not in expanded(off):
         module.graph.eliminate_dead_code()
-        module.recompile()
+    module.recompile()
     return whole, ends
 
 
