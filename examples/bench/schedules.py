@@ -157,21 +157,22 @@ def verdict(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Task]) -
     pages = []
     for row in OURS:
         counts = []
-        for kind in next(iter(found.values()), ()):
-            figures = [(about[key].higher, kinds[kind]) for key, kinds in found.items()]
+        for kind in dict.fromkeys(kind for kinds in found.values() for kind in kinds):
+            figures = [(about[key].higher, kinds[kind]) for key, kinds in found.items() if kind in kinds]
             ahead = sum(
                 (end := f["rows"][row]["end"]) is not None and (end > f["target"] if higher else end < f["target"])
                 for higher, f in figures
             )
             few = sum((steps := f["rows"][row]["steps"]) is not None and steps <= 0.6 for _, f in figures)
-            counts.append(f"{kind} {ahead} and {few}")
+            part = "" if len(figures) == len(found) else f" of {len(figures)}"
+            counts.append(f"{kind} {ahead} and {few}{part}")
         what = f"{row}, of {len(found)} tasks ahead at the end, and there in 0.6 of the steps"
         pages.append(f"{what}: {', '.join(counts)}.")
     return pages
 
 
 def main() -> None:
-    """Run what is missing of the chosen tasks, write the page of all complete ones."""
+    """Run what is missing of the chosen tasks, write the page of all that is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="DIR", help="folder of the .npz files (see ddpn_fx.data)")
     parser.add_argument("--tasks", nargs="+", choices=[t.key for t in TASKS], default=[t.key for t in TASKS])
@@ -192,8 +193,9 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for task in TASKS:
         benches = [Scheduled(task, options.data, record, kind, options.times) for kind in options.kinds]
-        if all(b.key(*b.last(), SEEDS - 1) in record.cells for b in benches):
-            found[task.key] = {b.kind: ends(b, b.run(timed=False)) for b in benches}
+        complete = [b for b in benches if b.key(*b.last(), SEEDS - 1) in record.cells]
+        if complete:
+            found[task.key] = {b.kind: ends(b, b.run(timed=False)) for b in complete}
     about = {task.key: task for task in TASKS}
     record.write(tasks=found)
     longer = "" if options.times == 1 else f" of {options.times} times as many steps as in target.md"
