@@ -55,11 +55,13 @@ class Call:
         self._device, self._autocast = "cpu", None
         self._params: list[Tensor] = []
         self._versions: list[int] = []
+        self._bare = False
 
     def rest_on(self, params: Iterable[Tensor]) -> None:
         """Note the weights that the output is made with, and their autocast."""
         self._params = list(params)
         self._versions = [p._version for p in self._params]
+        self._bare = all([p.grad is None for p in self._params])
         self._device = next((p.device.type for p in self._params), "cpu")
         self._autocast = autocast(self._device)
 
@@ -146,6 +148,20 @@ class Call:
         ((index, gradient),) = self.gradients.items()
         gradient = gradient if scale is None else gradient / scale.to(gradient.device, gradient.dtype)
         return Arrived(self.leaves, self.spec, index, gradient)
+
+    def refuse_other_gradients(self) -> None:
+        """Refuse a gradient that came to a weight, of a call through which none can come.
+
+        Raises:
+            RuntimeError: the loss reads a weight beside the model's output.
+        """
+        found = [n for n, p in self._model.named_parameters() if p.grad is not None] if self._bare else []
+        if found:
+            raise RuntimeError(
+                f"DDPNOpt.step: the loss reads {found[0]!r} itself, beside the model's output, and the step would "
+                "leave that term out; no weight was changed. Take weight_decay= for a penalty on weights, or move the "
+                "term into the model (loss=None)"
+            )
 
     def surroundings(self) -> AbstractContextManager[Any]:
         """The autocast of the call."""

@@ -81,9 +81,7 @@ class UsualLoop:
         if self.ends_in_step is False:
             call.rest_on(net.parameters())
             return net._run(*call.args, **call.kwargs)
-        key = _key(call) if self.ends_in_step else None
-        if key is not None and hooked(net._original):
-            self._kinds[key] = None
+        key = _key(opt, call) if self.ends_in_step else None
         kind = None if key is None else self._kinds.get(key)
         if kind is not None and kind.alone is None:
             found = self._begin(opt, call, kind)
@@ -128,6 +126,7 @@ class UsualLoop:
                 lost = lost | (torch.as_tensor(found_inf, device=lost.device) > 0)
             begun = call.begun
             if isinstance(begun, Begun):
+                call.refuse_other_gradients()
                 if [t._version for t in begun.handed] != begun.versions:
                     raise RuntimeError(
                         "DDPNOpt.step: the model's output was changed in place after it was returned, and the step "
@@ -141,7 +140,7 @@ class UsualLoop:
         """A step that runs the model again; notes how the next batch of this kind is to run."""
         after = _copies(opt)
         _put_back(call.buffers)  # the call has updated them: the step runs from what they were before
-        key = _key(call)
+        key = _key(opt, call)
         new = key is not None and key not in self._kinds
         kind = self._kinds.get(key)
         both = _Both()
@@ -152,7 +151,7 @@ class UsualLoop:
         if not new:
             return
         self._kinds[key] = None
-        if _scaling(opt)[0] is not None or hooked(opt.net._original) or not both.trains_all:
+        if _scaling(opt)[0] is not None or not both.trains_all:
             return
         if both.fits(call.leaves):
             self._kinds[key] = Kind(target, call.spec)
@@ -266,8 +265,10 @@ def _put_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
         buffer.copy_(value)
 
 
-def _key(call: Call) -> Any:
-    """What a kind of batch is known by; None where an input wants a gradient of its own."""
+def _key(opt: DDPNOpt, call: Call) -> Any:
+    """What a kind of batch is known by; None where an input wants a gradient of its own, or a hook to be called."""
+    if hooked(opt.net._original):
+        return None
     if len(call.args) == 1 and not call.kwargs and type(call.args[0]) is Tensor:  # at a tenth of pytree's price
         leaves, spec = list(call.args), None
     else:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from ddpn_fx.passes.classify import data_flow
 from ddpn_fx.passes.direct import Direct, direct
 
 aten = torch.ops.aten
@@ -75,7 +77,8 @@ def halve(module: fx.GraphModule, outputs: Sequence[fx.Node], late: Collection[i
     """
     graph = module.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    early = _ancestors(outputs)
+    flow = data_flow(graph)
+    early = set(outputs).union(*(nx.ancestors(flow, n) for n in outputs))
     early |= {n for n in graph.nodes if n.target is operator.getitem and n.args[0] in early}  # no tuple is handed over
     if not outputs or any(inputs[i] in early for i in late) or any(n.op != "call_function" for n in outputs):
         return None
@@ -101,17 +104,6 @@ def halve(module: fx.GraphModule, outputs: Sequence[fx.Node], late: Collection[i
     first = _part(module, [inputs[i] for i in first_inputs], [], early, tuple(handed))
     second = _part(module, [inputs[i] for i in second_inputs], handed, {*again, *rest}, end.args[0])
     return Halves(Half(first, first_inputs, first), Half(second, second_inputs, second), len(outputs))
-
-
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 def _made_again(node: fx.Node) -> bool:

@@ -194,6 +194,18 @@ def _probabilities(generator):
     return _values(generator).softmax(1)
 
 
+def both_ways(one, other, loss, make, tolerance=1e-7, **options):
+    """Three steps of each loop, on the same batches with targets of ``make``; returns the usual loop's optimizer."""
+    a, b = ddpn_fx.DDPNOpt(one, **options), ddpn_fx.DDPNOpt(other, **options)
+    for step in range(3):
+        x, _ = batch(step)
+        target = make(torch.Generator().manual_seed(step))
+        a.train_step(x, target)
+        usual_step(other, b, x, target, loss)
+        equal(one, other, tolerance)
+    return b
+
+
 LOSSES = {
     "cross entropy": (F.cross_entropy, _labels),
     "ignored": (F.cross_entropy, _ignoring),
@@ -218,14 +230,7 @@ LOSSES = {
 def test_losses_whose_target_follows_from_the_gradient(name):
     loss, make = LOSSES[name]
     one, other = net_of(loss=loss), net_of(loss=loss)
-    a, b = ddpn_fx.DDPNOpt(one), ddpn_fx.DDPNOpt(other)
-    for step in range(3):
-        x, _ = batch(step)
-        target = make(torch.Generator().manual_seed(step))
-        a.train_step(x, target)
-        usual_step(other, b, x, target, loss)
-        equal(one, other, 1e-7)
-    assert goes_by_halves(b) == [True]
+    assert goes_by_halves(both_ways(one, other, loss, make)) == [True]
 
 
 @pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy_with_logits])
@@ -236,13 +241,7 @@ def test_a_target_without_the_last_dimension(loss):
     layer = nn.Linear(6, 1)
     one, other = net_of(layer, loss=squeezed), net_of(copy.deepcopy(layer), loss=squeezed)
     other.load_state_dict(one.state_dict())
-    a, b = ddpn_fx.DDPNOpt(one, curvature=1.0), ddpn_fx.DDPNOpt(other, curvature=1.0)
-    for step in range(3):
-        x, y = batch(step)
-        target = (y > 1).double()
-        a.train_step(x, target)
-        usual_step(other, b, x, target, squeezed)
-        equal(one, other, 1e-7)
+    both_ways(one, other, squeezed, lambda g: _bits(g)[:, 0], curvature=1.0)
 
 
 ENDS = {
@@ -258,14 +257,8 @@ def test_an_output_that_the_loss_is_rewritten_without(name):
     layers = [nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4), end]
     one, other = net_of(*layers, loss=loss), net_of(*copy.deepcopy(layers), loss=loss)
     other.load_state_dict(one.state_dict())
-    a, b = ddpn_fx.DDPNOpt(one), ddpn_fx.DDPNOpt(other)
-    for step in range(3):
-        x, _ = batch(step)
-        target = make(torch.Generator().manual_seed(step))
-        a.train_step(x, target)
-        usual_step(other, b, x, target, loss)
-        equal(one, other, 1e-7)
-    assert goes_by_halves(b) == [True]
+    assert goes_by_halves(both_ways(one, other, loss, make)) == [True]
+    x, _ = batch()
     assert torch.allclose(other(x), other._original(x))
 
 
@@ -274,13 +267,7 @@ def test_a_loss_with_a_curvature_given():
         return F.poisson_nll_loss(output, target)
 
     one, other = net_of(loss=loss), net_of(loss=loss)
-    a, b = ddpn_fx.DDPNOpt(one, curvature=1.0), ddpn_fx.DDPNOpt(other, curvature=1.0)
-    for step in range(3):
-        x, _ = batch(step)
-        target = torch.poisson(torch.rand(8, 4, generator=torch.Generator().manual_seed(step)) * 4).double()
-        a.train_step(x, target)
-        usual_step(other, b, x, target, loss)
-        equal(one, other, 1e-7)
+    both_ways(one, other, loss, lambda g: torch.poisson(torch.rand(8, 4, generator=g) * 4).double(), curvature=1.0)
 
 
 @pytest.mark.parametrize("dim", [1, 2])
@@ -293,13 +280,7 @@ def test_classes_in_either_place(dim):
     layers = [nn.Linear(6, 20), nn.Unflatten(1, (4, 5) if dim == 1 else (5, 4))]
     one, other = net_of(*layers, loss=loss), net_of(*copy.deepcopy(layers), loss=loss)
     other.load_state_dict(one.state_dict())
-    a, b = ddpn_fx.DDPNOpt(one), ddpn_fx.DDPNOpt(other)
-    for step in range(3):
-        x, _ = batch(step)
-        target = torch.randint(0, 4, (8, 5), generator=torch.Generator().manual_seed(step))
-        a.train_step(x, target)
-        usual_step(other, b, x, target, loss)
-        equal(one, other)
+    both_ways(one, other, loss, lambda g: torch.randint(0, 4, (8, 5), generator=g), 1e-9)
 
 
 def test_a_certain_sample_is_not_an_ignored_one():
@@ -435,6 +416,12 @@ def test_hooks_are_called():
     for what in ("module", "weight"):  # in each step, and while the model is captured anew, with its hook
         assert called.count(what) >= 4
     handle.remove()
+    nets[1][2].weight._backward_hooks.clear()
+    before = len(called)
+    for step in range(2):
+        usual_step(nets[1], b, *batch(step))
+    assert len(called) == before
+    assert goes_by_halves(b) == [True]
 
 
 def test_an_input_gets_its_gradient():
@@ -588,6 +575,19 @@ def test_another_loss_than_the_one_given(warm):
         with pytest.raises(ddpn_fx.LossError, match=r"not that of loss=cross_entropy(.|\n)*no weight was changed"):
             usual_step(net, opt, x, y, loss)
         equal(net, before)
+    usual_step(net, opt, x, y)
+
+
+def test_a_loss_that_reads_weights():
+    """A penalty on weights sends them a gradient that the step does not see."""
+    net = net_of()
+    opt = ddpn_fx.DDPNOpt(net)
+    x, y = batch()
+    usual_step(net, opt, x, y)
+    before = copy.deepcopy(net)
+    with pytest.raises(RuntimeError, match=r"reads '2.weight' itself(.|\n)*no weight was changed(.|\n)*weight_decay="):
+        usual_step(net, opt, x, y, lambda o, t: F.cross_entropy(o, t) + net[2].weight.square().sum())
+    equal(net, before)
     usual_step(net, opt, x, y)
 
 
