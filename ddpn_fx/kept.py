@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpn_fx.passes.frame import frame_of
+from ddpn_fx.passes.metric import Site
 from ddpn_fx.passes.mode import AVERAGES, state_key
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
@@ -47,14 +48,21 @@ class Kept:
             found["step"] = self.count
         return found
 
-    def refresh(self, program: Program, state: Mapping[Any, dict[str, Any]], params: Mapping[str, Tensor]) -> None:
-        """The preconditioner's work outside the step, after a step."""
+    def members(
+        self, program: Program, state: Mapping[Any, dict[str, Any]], params: Mapping[str, Tensor]
+    ) -> list[tuple[Site, dict[str, Any]]]:
+        """The site and the state of each parameter that a program's preconditioner keeps something of."""
+        if program.mode.preconditioner is None:
+            return []
+        found = program.sites(params)
+        return [(found[name], state[params[name]]) for name in program.trained]
+
+    def refresh(self, program: Program, members: Sequence[tuple[Site, dict[str, Any]]]) -> None:
+        """The preconditioner's work outside the step, after a step, on what :meth:`members` has found."""
         preconditioner = program.mode.preconditioner
         if preconditioner is None:
             return
         self.taken += 1
-        found = program.sites(params)
-        members = [(found[name], state[params[name]]) for name in program.trained]
         refresh_all = getattr(preconditioner, "refresh_all", None)
         if refresh_all is not None:
             refresh_all(members, self.taken)

@@ -279,7 +279,7 @@ class DDPNOpt(Optimizer):
             if trouble is not None:
                 wrong, lost = trouble
                 values[STATISTICS.index("fault")].masked_fill_(wrong & ~lost, FAULT_TARGET)
-            self._kept.refresh(program, self.state, params)
+            self._kept.refresh(program, ready.members)
         self._values = values[: len(STATISTICS)]
         self._last = Last(program, given.leaves, given.spec)
         self.stage_stats = stage_figures(values) if self._figures_wanted else {}
@@ -354,7 +354,8 @@ class DDPNOpt(Optimizer):
         lowered = program_for(self, leaves, spec, batch, params, buffers)
         state = self._kept.of(lowered.program, self.state, params)
         kept = [self.state, *(self.state[p] for p in params.values() if p in self.state)]
-        return Ready(lowered, params, buffers, state, [*entries_of(net._original), *((k, k) for k in kept)])
+        members = self._kept.members(lowered.program, self.state, params)
+        return Ready(lowered, params, buffers, state, members, [*entries_of(net._original), *((k, k) for k in kept)])
 
     def _new_vector(self, like: Tensor) -> Tensor:
         return torch.tensor(self._numbers(), dtype=accumulate_dtype(like.dtype)).to(like.device, non_blocking=True)

@@ -7,7 +7,7 @@ to step, and that it is can be seen at a fraction of the price.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
@@ -18,6 +18,7 @@ from ddpn_fx.batch import autocast
 from ddpn_fx.module import REGISTRIES
 from ddpn_fx.passes.direct import Direct, settings
 from ddpn_fx.passes.lower import Lowered
+from ddpn_fx.passes.metric import Site
 
 _PAIR = pytree.tree_structure((0, 0))
 
@@ -120,12 +121,14 @@ class Ready:
     Attributes:
         lowered: the step.
         params: all of the model's parameters by name.
+        members: the site and the state of each parameter that the preconditioner works on after a step.
 
     Args:
         lowered: the step.
         params: parameters by name.
         buffers: buffers by name.
         state: what the step reads and writes of the optimizer's state, by its keys.
+        members: as the attribute.
         rests_on: mappings, and the keys whose values it rests on.
     """
 
@@ -135,9 +138,10 @@ class Ready:
         params: Mapping[str, nn.Parameter],
         buffers: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
+        members: Sequence[tuple[Site, dict[str, Any]]],
         rests_on: Iterable[tuple[dict[Any, Any], Iterable[Any]]],
     ) -> None:
-        self.lowered, self.params = lowered, params
+        self.lowered, self.params, self.members = lowered, params, members
         names = lowered.signature
         self._before = [*(params[n].detach() for n in names.params), *(buffers[n] for n in names.buffers)]
         self._after = [state[n] for n in names.state]

@@ -84,6 +84,12 @@ def _norm(v: Tensor) -> Tensor:
     return (v * v).sum(-1).sqrt()
 
 
+def _norm_by_positions(g: Tensor, inverse: Tensor, classes: tuple[int, int, int]) -> Tensor:
+    """The norm of ``g inverse.sqrt()``, with ``inverse`` one number a position: it is not worked out for each class."""
+    squares = g.unflatten(-1, classes).square().sum(-2)
+    return (squares * inverse.unflatten(-1, classes)[..., 0, :]).sum((-2, -1)).sqrt()
+
+
 @dataclass(frozen=True)
 class Bound:
     """``"bound"``: a constant majorant A of the loss's Hessian, s^2 = g^T A^+ g.
@@ -113,6 +119,8 @@ class Bound:
         inverse = torch.where(
             positive, 1.0 / torch.where(positive, majorant, torch.ones_like(majorant)), torch.zeros_like(majorant)
         )
+        if self.rank == 1 and phi.classes is not None:
+            return _rank_one(phi, _norm_by_positions(phi.gradient, inverse, phi.classes), fault)
         whitened = phi.gradient * inverse.sqrt()
         s = _norm(whitened)
         if self.rank == 1:

@@ -178,24 +178,6 @@ def _options(node: fx.Node, env: Env, names: tuple[str, ...], defaults: tuple[An
     return {k: (env[v] if isinstance(v, fx.Node) else v) for k, v in values.items()}
 
 
-def _finish(
-    kind: str,
-    chain: Chain,
-    env: Env,
-    batch: int,
-    x: Tensor,
-    per_sample: Any,
-    weight: Tensor,
-    curvature: Tensor,
-    classes: tuple[int, int, int] | None = None,
-) -> Phi:
-    """Assemble a known loss from its per-sample function of (B, D) logits."""
-    _, pull = vjp(lambda z: per_sample(z), x)
-    value = per_sample(x)
-    (gradient,) = pull(torch.ones_like(value))
-    return Phi(kind, evaluate_loss(chain, env), value, weight, gradient, torch.zeros_like(value), curvature, x, classes)
-
-
 def _cross_entropy(chain: Chain, env: Env, batch: int) -> Phi:
     node = chain.loss_node
     assert node is not None
@@ -215,38 +197,45 @@ def _cross_entropy(chain: Chain, env: Env, batch: int) -> Phi:
     weight = None if class_weight is None else class_weight.to(dtype)
     ones = x.new_ones(classes) if weight is None else weight
     shape = (rows, classes, inner)
+    logs = x.reshape(shape).log_softmax(1)
     if target.is_floating_point():
         t = target.to(dtype).reshape(shape)
-        t = t * (1.0 - smoothing) + smoothing / classes
-        amount = torch.einsum("ncp,c->np", t, ones).reshape(batch, outer, inner)
+        t = t * (1.0 - smoothing) + smoothing / classes if smoothing else t
+        amount = torch.einsum("ncp,c->np", t, ones)
         normal = x.new_full((batch,), float(outer * inner)) if mean else x.new_ones(batch)
-
-        def losses(z: Tensor) -> Tensor:
-            return -torch.einsum("ncp,ncp,c->np", t, z.reshape(shape).log_softmax(1), ones).reshape(batch, -1)
+        losses = -torch.einsum("ncp,ncp,c->np", t, logs, ones)
     else:
         labels = target.reshape(rows, inner)
         valid = (labels != o["ignore_index"]).to(dtype)
         chosen = valid if weight is None else weight[labels.clamp(0, classes - 1)] * valid
-        amount = ((1.0 - smoothing) * chosen + smoothing / classes * ones.sum() * valid).reshape(batch, outer, inner)
+        amount = (1.0 - smoothing) * chosen + smoothing / classes * ones.sum() * valid if smoothing else chosen
         normal = chosen.reshape(batch, -1).sum(1) if mean else x.new_ones(batch)
-
-        def losses(z: Tensor) -> Tensor:
-            return F.cross_entropy(
-                z.reshape(shape),
-                labels,
-                weight,
-                reduction="none",
-                ignore_index=o["ignore_index"],
-                label_smoothing=smoothing,
-            ).reshape(batch, -1)
+        losses = F.cross_entropy(
+            x.reshape(shape),
+            labels,
+            weight,
+            reduction="none",
+            ignore_index=o["ignore_index"],
+            label_smoothing=smoothing,
+        )
 
     safe = torch.where(normal > 0, normal, torch.ones_like(normal))
-    a = (amount / safe[:, None, None])[:, :, None, :].expand(batch, outer, classes, inner).reshape(batch, -1)
+    # In closed form, with what is one number a position worked out before: autograd goes over the classes twice more.
+    over = safe.reciprocal()[:, None, None].expand(batch, outer, inner).reshape(rows, inner)
+    if target.is_floating_point():
+        pulled = t * ones[:, None] * over[:, None]
+    else:
+        index = torch.arange(classes, device=labels.device)[:, None]
+        pulled = torch.where(labels[:, None] == index, (chosen * over)[:, None], 0.0)
+        if smoothing:
+            pulled = (1.0 - smoothing) * pulled + smoothing / classes * ones[:, None] * (valid * over)[:, None]
+    gradient = (logs.exp() * (amount * over)[:, None] - pulled).reshape(batch, -1)
+    value = losses.reshape(batch, -1).sum(1) / safe
+    a = (amount * over)[:, None].expand(shape).reshape(batch, -1)
     total = normal.sum()
     share = normal / total if mean else torch.ones_like(normal)
-    return _finish(
-        "cross_entropy", chain, env, batch, x, lambda z: losses(z).sum(1) / safe, share, a, (outer, classes, inner)
-    )
+    loss, none = evaluate_loss(chain, env), torch.zeros_like(value)
+    return Phi("cross_entropy", loss, value, share, gradient, none, a, x, (outer, classes, inner))
 
 
 def _mse(chain: Chain, env: Env, batch: int) -> Phi:
@@ -287,16 +276,9 @@ def _elementwise(kind: str, chain: Chain, env: Env, batch: int, o: dict[str, Any
     normal = float(flat.shape[1]) if _REDUCTIONS[o["reduction"]] == "mean" else 1.0
     weight = flat.new_full((batch,), 1.0 / batch if normal != 1.0 or _REDUCTIONS[o["reduction"]] == "mean" else 1.0)
     curvature = (torch.ones_like(flat) * scale) / normal
-    return _finish(
-        kind,
-        chain,
-        env,
-        batch,
-        flat,
-        lambda z: losses(z.reshape(x.shape), target).reshape(batch, -1).sum(1) / normal,
-        weight,
-        curvature,
-    )
+    value, pull = vjp(lambda z: losses(z.reshape(x.shape), target).reshape(batch, -1).sum(1) / normal, flat)
+    (gradient,) = pull(torch.ones_like(value))
+    return Phi(kind, evaluate_loss(chain, env), value, weight, gradient, torch.zeros_like(value), curvature, flat)
 
 
 def _other(

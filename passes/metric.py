@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ddpn_fx.passes.gamma import Gamma, Map
-from ddpn_fx.passes.ir import Chain
+from ddpn_fx.passes.ir import Chain, ParamUse
+from ddpn_fx.passes.rewrites.moves import behind, follow
 from ddpn_fx.passes.rules import rule_by_name
 
 
@@ -57,6 +58,8 @@ class Site:
         rows: elements of one group's first side.
         columns: elements of one group's second side.
         one_hot: the first side is an index (an embedding's): its second moment is diagonal.
+        categories: the first side is a list whose entries have no neighbours: an embedding's indices, or the classes of
+            a cross entropy, whichever other uses there are.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Site:
     rows: int = 0
     columns: int = 0
     one_hot: bool = False
+    categories: bool = False
 
 
 def sites(chain: Chain, params: Mapping[str, Tensor]) -> dict[str, Site]:
@@ -75,10 +79,11 @@ def sites(chain: Chain, params: Mapping[str, Tensor]) -> dict[str, Site]:
             for position, names in enumerate(use.parameters):
                 for name in names:
                     uses.setdefault(name, []).append((use, position))
-    found = {}
+    found, head = {}, _head(chain)
     for name in chain.parameter_names:
         shape = tuple(params[name].shape)
-        site = Site(name, shape)
+        categories = len(shape) > 1 and any(_counts_categories(use, position, head) for use, position in uses[name])
+        site = Site(name, shape, categories=categories)
         if len(uses[name]) == 1 and len(shape) > 1:
             use, position = uses[name][0]
             argument = use.arguments[position]
@@ -87,9 +92,29 @@ def sites(chain: Chain, params: Mapping[str, Tensor]) -> dict[str, Site]:
                 if groups:
                     rows = shape[0] // groups
                     columns = int(torch.Size(shape[1:]).numel())
-                    site = Site(name, shape, groups, rows, columns, use.rule == "embedding")
+                    site = Site(name, shape, groups, rows, columns, use.rule == "embedding", categories)
         found[name] = site
     return found
+
+
+def _head(chain: Chain) -> fx.Node | None:
+    """The linear layer whose outputs are the classes of the loss, a cross entropy."""
+    loss = chain.loss_node
+    if loss is None or loss.target is not torch.ops.aten.cross_entropy_loss.default:
+        return None
+    logits = cast(fx.Node, loss.args[0])
+    node, moves = behind(logits, casts=True)
+    if node.target is not torch.ops.aten.linear.default:
+        return None
+    of_classes = min(1, logits.meta["val"].dim() - 1)
+    return node if follow(moves, node.meta["val"].dim() - 1) == of_classes else None
+
+
+def _counts_categories(use: ParamUse, position: int, head: fx.Node | None) -> bool:
+    """Whether the rows of a parameter are an embedding's indices or the classes."""
+    argument = use.arguments[position]
+    table = use.rule == "embedding" or (use.node is head and argument is use.node.args[1])
+    return table and argument.op == "placeholder"
 
 
 @dataclass

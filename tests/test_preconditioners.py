@@ -445,7 +445,7 @@ def test_ekfac_of_grouped_convolutions_embeddings_and_positions():
 
 
 def test_eigen_factored_of_grouped_convolutions_embeddings_and_positions():
-    """Two open-loop steps against the definition; the words' own dimension keeps its coordinates."""
+    """Two open-loop steps against the definition; words and classes keep their coordinates."""
     model, inputs, target = layers()
     p = EigenFactored(decay=0.9, relative_eps=0.1, basis_decay=0.8)
     opt = ddpn_fx.DDPNOpt(
@@ -474,7 +474,7 @@ def test_eigen_factored_of_grouped_convolutions_embeddings_and_positions():
             got = dict(model.named_parameters())[name]
             torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9, msg=f"{name}, step {step}")
             kept = opt.state[got]
-            assert ("basis0" in kept) == (name != "word.weight")
+            assert ("basis0" in kept) == (name not in ("word.weight", "head.weight"))
             assert "basis1" in kept
             new = [whole(kept, k, n) for k, n in enumerate((d.shape[0], d[0].numel()))]
             averages[name][0] = (new[0].T @ u) ** 2 @ averages[name][0]
@@ -521,6 +521,55 @@ def test_eigen_factored_turns_dimensions_in_parts_that_it_can_afford(shape, opti
     for k, size in enumerate(sizes):
         found = state[f"basis{k}"].shape if f"basis{k}" in state else None
         assert found == (None if size is None else ((shape[0], math.prod(shape[1:]))[k] // size, size, size))
+
+
+class Words(nn.Module):
+    """A table of words and a head over them, tied where it is asked, and what lies between head and loss."""
+
+    def __init__(self, *, tied=False, move=lambda o: o.flatten(0, 1)):
+        super().__init__()
+        self.table, self.hidden, self.head = nn.Embedding(8, 6), nn.Linear(6, 6), nn.Linear(6, 8, bias=False)
+        self.move = move
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, words):
+        return self.move(self.head(self.hidden(self.table(words)).tanh()))
+
+
+def of_words(loss):
+    """A loss of the flat logits (B T, C) and words (B, T)."""
+    return lambda output, target: loss(output, target.flatten())
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "loss", "found"),
+    [
+        (Words(), (4, 3), of_words(F.cross_entropy), {"table", "head"}),
+        (Words(tied=True), (4, 3), of_words(F.cross_entropy), {"table"}),
+        (Words(move=lambda o: o.transpose(1, 2)), (4, 3), F.cross_entropy, {"table", "head"}),
+        (
+            Words(move=lambda o: o[:, :-1].contiguous().view(-1, 8)),
+            (4, 2),
+            of_words(F.cross_entropy),
+            {"table", "head"},
+        ),
+        (Words(move=lambda o: o[:, -1]), (4,), F.cross_entropy, {"table", "head"}),
+        (Words(move=lambda o: o.log_softmax(-1)[:, 1:].flatten(0, 1)), (4, 2), of_words(F.nll_loss), {"table", "head"}),
+        (Words(move=lambda o: o), (4, 8), F.cross_entropy, {"table"}),  # its classes are the positions
+        (Words(move=lambda o: o[:, -1]), (4, 8), F.mse_loss, {"table"}),
+        (Words(move=lambda o: 2 * o[:, -1]), (4,), F.cross_entropy, {"table"}),  # not seen through
+    ],
+)
+def test_which_weights_have_categories_for_rows(model, shape, loss, found):
+    """A list's neighbours have nothing in common: its rows are not turned, whoever else uses the weight."""
+    words, target = torch.randint(8, (4, 3)), torch.randint(3, shape)
+    net = ddpn_fx.compile(model, loss=loss, disable=True)
+    opt = ddpn_fx.DDPNOpt(net, preconditioner=EigenFactored())
+    opt.train_step(words, target.float() if loss is F.mse_loss else target)
+    weights = {n.removesuffix(".weight"): w for n, w in net.named_parameters() if w.dim() > 1}
+    assert {n for n, w in weights.items() if "basis0" not in opt.state[w]} == found
+    assert all("basis1" in opt.state[w] for w in weights.values())
 
 
 def test_eigen_factored_leaves_a_basis_alone_that_it_cannot_renew():

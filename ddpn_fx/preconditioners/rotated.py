@@ -52,8 +52,8 @@ class EigenFactored(Factored):
             present bases, and an eigendecomposition after 1, 2, 4, 8 and so on steps alone; None: ``"qr"`` on a GPU,
             where an eigendecomposition takes as long as many steps and stops the host, else ``"eigh"``.
         max_size: most elements of a side that are turned together. A larger side is cut into equal parts, each with a
-            basis of its own; one without a divisor of a quarter of what is allowed (a prime number), and an embedding's
-            indices, keep their coordinates.
+            basis of its own; one without a divisor of a quarter of what is allowed (a prime number), an embedding's
+            indices and a cross entropy's classes keep their coordinates: a list has no neighbours.
         max_cost: a part has at most this times as many elements as the other side: to turn a layer's inputs or
             cotangents takes so many forward passes of the layer. It does not bound the inputs of a kernel of more than
             one position: they are turned once a sample or once a position, whichever is less.
@@ -97,7 +97,7 @@ class EigenFactored(Factored):
         for k, n in enumerate(sides):
             kernel = k == 1 and n > site.shape[1]
             size = _part(n, self.max_size if kernel else min(self.max_size, self.max_cost * sides[1 - k]))
-            if size > 1 and not (site.one_hot and k == 0):
+            if size > 1 and not (site.categories and k == 0):
                 found[f"second{k}"] = like.new_zeros(n // size, size, size)
                 found[f"basis{k}"] = torch.eye(size, dtype=like.dtype, device=like.device).repeat(n // size, 1, 1)
         return found
