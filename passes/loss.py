@@ -190,51 +190,47 @@ def _cross_entropy(chain: Chain, env: Env, batch: int) -> Phi:
     logits, target, class_weight = o["input"], o["target"], o["weight"]
     dtype = accumulate_dtype(logits.dtype)
     mean, smoothing = _REDUCTIONS[o["reduction"]] == "mean", float(o["label_smoothing"])
-    rows, classes = logits.shape[:2]
-    inner = math.prod(logits.shape[2:])
+    rows, classes, *places = logits.shape
+    inner = math.prod(places)
     outer = rows // batch
-    x = logits.to(dtype).reshape(batch, -1)
+    along = (classes, *[1] * len(places))  # classes beside positions (rows, *places)
+    z = logits.to(dtype)  # in the loss's own shape, so that its log-softmax is the one below
+    logs = z.log_softmax(1)
     weight = None if class_weight is None else class_weight.to(dtype)
-    ones = x.new_ones(classes) if weight is None else weight
-    shape = (rows, classes, inner)
-    logs = x.reshape(shape).log_softmax(1)
+    ones = z.new_ones(classes) if weight is None else weight
     if target.is_floating_point():
-        t = target.to(dtype).reshape(shape)
+        t = target.to(dtype)
         t = t * (1.0 - smoothing) + smoothing / classes if smoothing else t
-        amount = torch.einsum("ncp,c->np", t, ones)
-        normal = x.new_full((batch,), float(outer * inner)) if mean else x.new_ones(batch)
-        losses = -torch.einsum("ncp,ncp,c->np", t, logs, ones)
+        weighted = t * ones.view(along)
+        amount = weighted.sum(1)
+        normal = z.new_full((batch,), float(outer * inner)) if mean else z.new_ones(batch)
+        losses = -(weighted * logs).sum(1)
     else:
-        labels = target.reshape(rows, inner)
-        valid = (labels != o["ignore_index"]).to(dtype)
-        chosen = valid if weight is None else weight[labels.clamp(0, classes - 1)] * valid
+        valid = (target != o["ignore_index"]).to(dtype)
+        chosen = valid if weight is None else weight[target.clamp(0, classes - 1)] * valid
         amount = (1.0 - smoothing) * chosen + smoothing / classes * ones.sum() * valid if smoothing else chosen
-        normal = chosen.reshape(batch, -1).sum(1) if mean else x.new_ones(batch)
+        normal = chosen.reshape(batch, -1).sum(1) if mean else z.new_ones(batch)
         losses = F.cross_entropy(
-            x.reshape(shape),
-            labels,
-            weight,
-            reduction="none",
-            ignore_index=o["ignore_index"],
-            label_smoothing=smoothing,
+            z, target, weight, reduction="none", ignore_index=o["ignore_index"], label_smoothing=smoothing
         )
 
     safe = torch.where(normal > 0, normal, torch.ones_like(normal))
     # In closed form, with what is one number a position worked out before: autograd goes over the classes twice more.
-    over = safe.reciprocal()[:, None, None].expand(batch, outer, inner).reshape(rows, inner)
+    over = safe.reciprocal()[:, None].expand(batch, outer * inner).reshape(rows, *places)
     if target.is_floating_point():
-        pulled = t * ones[:, None] * over[:, None]
+        pulled = weighted * over[:, None]
     else:
-        index = torch.arange(classes, device=labels.device)[:, None]
-        pulled = torch.where(labels[:, None] == index, (chosen * over)[:, None], 0.0)
+        index = torch.arange(classes, device=target.device).view(along)
+        pulled = torch.where(target[:, None] == index, (chosen * over)[:, None], 0.0)
         if smoothing:
-            pulled = (1.0 - smoothing) * pulled + smoothing / classes * ones[:, None] * (valid * over)[:, None]
+            pulled = (1.0 - smoothing) * pulled + smoothing / classes * ones.view(along) * (valid * over)[:, None]
     gradient = (logs.exp() * (amount * over)[:, None] - pulled).reshape(batch, -1)
     value = losses.reshape(batch, -1).sum(1) / safe
-    a = (amount * over)[:, None].expand(shape).reshape(batch, -1)
+    a = (amount * over)[:, None].expand(logits.shape).reshape(batch, -1)
     total = normal.sum()
     share = normal / total if mean else torch.ones_like(normal)
     loss, none = evaluate_loss(chain, env), torch.zeros_like(value)
+    x = z.reshape(batch, -1)
     return Phi("cross_entropy", loss, value, share, gradient, none, a, x, (outer, classes, inner))
 
 
