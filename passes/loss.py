@@ -201,10 +201,10 @@ def _cross_entropy(chain: Chain, env: Env, batch: int) -> Phi:
     if target.is_floating_point():
         t = target.to(dtype)
         t = t * (1.0 - smoothing) + smoothing / classes if smoothing else t
-        weighted = t * ones.view(along)
-        amount = weighted.sum(1)
+        pulled = t * ones.view(along)
+        amount = pulled.sum(1)
         normal = z.new_full((batch,), float(outer * inner)) if mean else z.new_ones(batch)
-        losses = -(weighted * logs).sum(1)
+        losses = -(pulled * logs).sum(1)
     else:
         valid = (target != o["ignore_index"]).to(dtype)
         chosen = valid if weight is None else weight[target.clamp(0, classes - 1)] * valid
@@ -213,18 +213,15 @@ def _cross_entropy(chain: Chain, env: Env, batch: int) -> Phi:
         losses = F.cross_entropy(
             z, target, weight, reduction="none", ignore_index=o["ignore_index"], label_smoothing=smoothing
         )
+        index = torch.arange(classes, device=target.device).view(along)
+        pulled = torch.where(target[:, None] == index, chosen[:, None], 0.0)
+        if smoothing:
+            pulled = (1.0 - smoothing) * pulled + smoothing / classes * ones.view(along) * valid[:, None]
 
     safe = torch.where(normal > 0, normal, torch.ones_like(normal))
-    # In closed form, with what is one number a position worked out before: autograd goes over the classes twice more.
     over = safe.reciprocal()[:, None].expand(batch, outer * inner).reshape(rows, *places)
-    if target.is_floating_point():
-        pulled = weighted * over[:, None]
-    else:
-        index = torch.arange(classes, device=target.device).view(along)
-        pulled = torch.where(target[:, None] == index, (chosen * over)[:, None], 0.0)
-        if smoothing:
-            pulled = (1.0 - smoothing) * pulled + smoothing / classes * ones.view(along) * (valid * over)[:, None]
-    gradient = (logs.exp() * (amount * over)[:, None] - pulled).reshape(batch, -1)
+    # In closed form: autograd goes over the classes twice more.
+    gradient = ((logs.exp() * amount[:, None] - pulled) * over[:, None]).reshape(batch, -1)
     value = losses.reshape(batch, -1).sum(1) / safe
     a = (amount * over)[:, None].expand(logits.shape).reshape(batch, -1)
     total = normal.sum()

@@ -58,8 +58,8 @@ class Site:
         rows: elements of one group's first side.
         columns: elements of one group's second side.
         one_hot: the first side is an index (an embedding's): its second moment is diagonal.
-        categories: the first side is a list whose entries have no neighbours: an embedding's indices, or the classes of
-            a cross entropy, whichever other uses there are.
+        categories: the first side is a list, whose entries have no neighbours: an embedding's indices, or the classes
+            that a linear layer gives a cross entropy, whichever other uses there are.
     """
 
     name: str

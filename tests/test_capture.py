@@ -578,6 +578,20 @@ LIKELIHOODS = {
         lambda o, t: F.cross_entropy(o.reshape(-1, 3), t.reshape(-1)),
         WORDS,
     ),
+    "nll of later positions": (
+        lambda z: by_word(z).log_softmax(-1)[:, 1:],
+        lambda o, t: F.nll_loss(o.contiguous().view(-1, 3), t[:, 1:].flatten()),
+        lambda z: by_word(z)[:, 1:],
+        lambda o, t: F.cross_entropy(o.flatten(0, 1), t[:, 1:].flatten()),
+        WORDS,
+    ),
+    "nll of one position": (
+        lambda z: by_word(z).log_softmax(-1)[:, 2],
+        lambda o, t: F.nll_loss(o, t[:, 2]),
+        lambda z: by_word(z)[:, 2],
+        lambda o, t: F.cross_entropy(o, t[:, 2]),
+        WORDS,
+    ),
     "bce": (torch.sigmoid, F.binary_cross_entropy, lambda z: z, F.binary_cross_entropy_with_logits, FLAGS),
     "bce of one output, sum": (
         lambda z: torch.sigmoid(z[:, :1]).squeeze(1),
@@ -619,6 +633,7 @@ def test_a_likelihood_of_probabilities_trains_as_that_of_logits(name):
     [
         (lambda z: by_word(z).log_softmax(1).transpose(1, 2), F.nll_loss),  # over the positions, not the classes
         (lambda z: 0.5 * z.log_softmax(1), F.nll_loss),
+        (lambda z: z.log_softmax(1)[:, :14], lambda o, t: F.nll_loss(o, t % 14)),  # without one of the classes
         (lambda z: torch.sigmoid(z).clamp(0.1, 0.9), F.binary_cross_entropy),
     ],
 )

@@ -556,6 +556,8 @@ def of_words(loss):
         ),
         (Words(move=lambda o: o[:, -1]), (4,), F.cross_entropy, {"table", "head"}),
         (Words(move=lambda o: o.log_softmax(-1)[:, 1:].flatten(0, 1)), (4, 2), of_words(F.nll_loss), {"table", "head"}),
+        (Words(move=lambda o: o[:, -1].double()), (4,), F.cross_entropy, {"table", "head"}),
+        (Words(move=lambda o: o[:, -1, :4]), (4,), F.cross_entropy, {"table"}),  # some of its rows are classes
         (Words(move=lambda o: o), (4, 8), F.cross_entropy, {"table"}),  # its classes are the positions
         (Words(move=lambda o: o[:, -1]), (4, 8), F.mse_loss, {"table"}),
         (Words(move=lambda o: 2 * o[:, -1]), (4,), F.cross_entropy, {"table"}),  # not seen through

@@ -53,7 +53,8 @@ class EigenFactored(Factored):
             where an eigendecomposition takes as long as many steps and stops the host, else ``"eigh"``.
         max_size: most elements of a side that are turned together. A larger side is cut into equal parts, each with a
             basis of its own; one without a divisor of a quarter of what is allowed (a prime number), an embedding's
-            indices and a cross entropy's classes keep their coordinates: a list has no neighbours.
+            indices, and the classes that a linear layer gives a cross entropy, keep their coordinates: entries of a
+            list have no neighbours.
         max_cost: a part has at most this times as many elements as the other side: to turn a layer's inputs or
             cotangents takes so many forward passes of the layer. It does not bound the inputs of a kernel of more than
             one position: they are turned once a sample or once a position, whichever is less.
