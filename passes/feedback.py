@@ -18,10 +18,11 @@ from ddpn_fx.passes.figures import Figures
 from ddpn_fx.passes.gamma import Gammas
 from ddpn_fx.passes.ir import Chain, Kind, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, forward
-from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode, state_key
+from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
 from ddpn_fx.passes.numeric import real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory
+from ddpn_fx.passes.update import Update
 
 
 class Rollout:
@@ -38,8 +39,7 @@ class Rollout:
         figures: what takes in each stage's figures, where they are wanted.
 
     Attributes:
-        changes: du by parameter name, filled by :meth:`run`.
-        new_state: the optimiser state after the step.
+        update: what takes each parameter's direction in, and has made the changes when :meth:`run` is done.
     """
 
     def __init__(
@@ -54,15 +54,13 @@ class Rollout:
         figures: Figures | None = None,
     ) -> None:
         self.chain, self.mode, self.controls = chain, mode, controls
-        self.trajectory, self.linear, self.hyper, self.state = trajectory, linear, hyper, state
-        self.group, self.figures = dict(mode.group), figures
-        self.changes: dict[str, Tensor] = {}
-        self.new_state: dict[str, Tensor] = {"step": state["step"] + 1} if mode.counts else {}
-        self.new_state |= linear.metric_state
+        self.trajectory, self.linear, self.hyper, self.figures = trajectory, linear, hyper, figures
+        params = trajectory.parameters.params
+        self.update = Update(mode, params, hyper, state, linear.frames, linear.metrics, linear.metric_state)
         self._exact: tuple[Tensor, Gammas] | None = None
 
     def run(self) -> dict[str, Tensor]:
-        """Fill ``changes`` and ``new_state``; returns the statistics of the step."""
+        """Fill ``update``; returns the statistics of the step."""
         if not self.mode.feedback:
             return self._open_loop()
         return self._folded() if self.linear.folded is not None else self._closed_loop()
@@ -73,7 +71,7 @@ class Rollout:
         for stage in self.chain.stages:
             for gamma in self.linear.gammas.of(self.controls[stage.index]):
                 with origin({"role": "update", "stage": stage.index, "module_path": gamma.name}):
-                    change = self._change(gamma.name, gamma.contract(self.linear.weight))
+                    change = self.update.take(gamma.name, gamma.contract(self.linear.weight))
                     gradient = gamma.plain.contract(self.linear.weight)  # the same as the framed one's, once merged
                     predicted = predicted - (gradient * change).sum().to(predicted.dtype)
         zero = torch.zeros_like(predicted)
@@ -115,7 +113,7 @@ class Rollout:
             if nonlinear and stage.index + 1 < len(stages):
                 old = self.trajectory.parameters.params
                 moved = Parameters(
-                    self.chain, {**old, **{n: old[n] + d for n, d in self.changes.items()}}, self.trajectory.env
+                    self.chain, {**old, **{n: old[n] + d for n, d in self.update.changes.items()}}, self.trajectory.env
                 )
                 forward(self.chain, stage.nodes, env, moved, stage=stage.index, role="rollout")
         return self._closed_statistics(y, finite, clipped)
@@ -129,8 +127,8 @@ class Rollout:
         for node, z in linear.states[stage.index].items():
             dx = real(env[node] - self.trajectory.env[node]).to(dtype).reshape(batch, -1)
             total = total + torch.einsum("rbd,bd->br", real(z).to(dtype).reshape(columns, batch, -1), dx)
-        for gamma in linear.gammas.of(self.changes):
-            later = gamma.plain.inner(self.changes[gamma.name], first_stage=stage.index)
+        for gamma in linear.gammas.of(self.update.changes):
+            later = gamma.plain.inner(self.update.changes[gamma.name], first_stage=stage.index)
             total = total if later is None else total + later.to(dtype)
         return linear.blocks.columns_of(total)
 
@@ -150,42 +148,7 @@ class Rollout:
                 else:
                     at_hand = self.linear.contracted.get(gamma.name)
                     direction = gamma.contract(factor) if at_hand is None else at_hand
-                self._change(gamma.name, direction)
-
-    def _change(self, name: str, direction: Tensor) -> Tensor:
-        """du of one parameter: ``-eta M^-1 (Gamma omega + wd u)``, through momentum or beta1's average.
-
-        The direction, and what is kept of it, is in the parameter's frame, where there is one.
-        As in torch.optim, beta1 averages what M^-1 then divides, and momentum what it has divided. Nesterov's form
-        takes the average as it would be a step later, with the same direction.
-        """
-        g = self.group[name]
-        value = self.trajectory.parameters.params[name]
-        frame = self.linear.frames.get(name)
-        direction = direction.to(value.dtype) if frame is None else direction
-        if self.mode.decay[g] and not self.mode.decoupled:
-            direction = direction + self.hyper.weight_decay[g] * self.linear.framed(name, value)
-        key, metric = state_key(self.mode.buffer, name), self.linear.metrics.get(name)
-        if self.mode.average:
-            beta1, step, at_hand = self.hyper.beta1, self.new_state["step"], direction
-            self.new_state[key] = direction = beta1 * self.state[key] + (1 - beta1) * at_hand
-            if self.mode.nesterov:
-                direction, step = beta1 * direction + (1 - beta1) * at_hand, step + 1
-            direction = direction / (1 - beta1**step)
-        if metric is not None:
-            direction = metric.solve(direction).to(direction.dtype)
-        if not self.mode.average and self.mode.momentum[g]:
-            momentum, at_hand = self.hyper.momentum[g], direction
-            self.new_state[key] = direction = momentum * self.state[key] + at_hand
-            if self.mode.nesterov:
-                direction = momentum * direction + at_hand
-        change = -self.hyper.lr[g] * direction
-        if frame is not None:
-            change = frame.out(change).to(value.dtype)
-        if self.mode.decay[g] and self.mode.decoupled:
-            change = change - self.hyper.lr[g] * self.hyper.weight_decay[g] * value
-        self.changes[name] = change
-        return change
+                self.update.take(gamma.name, direction)
 
     def _closed_statistics(self, y: Tensor, finite: Tensor, clipped: Tensor) -> dict[str, Tensor]:
         """The model's decrease ``-(b_T y_T + y_T C_T y_T / 2)``, weighted by w for ``"sample"``, and max |y_T|."""

@@ -27,6 +27,7 @@ from ddpn_fx.passes.metric import Site, sites
 from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory, new_buffers, outputs, simulate
+from ddpn_fx.passes.update import kept_or_new
 
 
 def pack(statistics: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -102,7 +103,7 @@ class Program:
         statistics = rollout.run()
         if figures is not None:
             statistics["stages"] = figures.table()
-        return rollout.changes, rollout.new_state, statistics
+        return rollout.update.changes, rollout.update.new_state, statistics
 
     def step(
         self,
@@ -124,10 +125,9 @@ class Program:
             changes, new_state, statistics = self.feedback(trajectory, linear, hyper, state)
         with origin({"role": "update"}):
             skipped = statistics["skipped"]
-            new_params = {n: torch.where(skipped, params[n], params[n] + d) for n, d in changes.items()}
-            kept_state = {n: torch.where(skipped, state[n], t) for n, t in new_state.items()}
-            moved = new_buffers(self.chain, trajectory)
-            kept_buffers = {n: torch.where(skipped, buffers[n], t) for n, t in moved.items()}
+            new_params = kept_or_new(skipped, ((n, params[n] + d) for n, d in changes.items()), params)
+            kept_state = kept_or_new(skipped, new_state.items(), state)
+            kept_buffers = kept_or_new(skipped, new_buffers(self.chain, trajectory).items(), buffers)
             packed = pack(statistics, vector.dtype)
             made = outputs(self.chain, trajectory)
         return new_params, kept_buffers, kept_state, packed, made

@@ -1,0 +1,86 @@
+"""Update: from the direction ``Gamma omega`` of a parameter to its change, through averages and the metric.
+
+``du = -eta M^-1 (Gamma omega + wd u)``. As in torch.optim, beta1 averages what M^-1 then divides, and momentum what it
+has divided. Nesterov's form takes the average as it would be a step later, with the same direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ddpn_fx.passes.frame import Frame
+from ddpn_fx.passes.metric import Metric
+from ddpn_fx.passes.mode import Hyper, Mode, state_key
+
+
+class Update:
+    """The changes of a step's parameters.
+
+    Args:
+        mode: the structure of the step.
+        params: the present weights by name.
+        hyper: the numbers of the step.
+        state: the optimiser state by key, ``"step"`` among it where it is counted.
+        frames: parameter name -> its frame, where its directions are in one.
+        metrics: parameter name -> its metric, where it is not the identity.
+        metric_state: what the preconditioner keeps of this step, by key.
+
+    Attributes:
+        changes: du by parameter name, filled by :meth:`take`.
+        new_state: the optimiser state after the step.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        params: Mapping[str, Tensor],
+        hyper: Hyper,
+        state: Mapping[str, Tensor],
+        frames: Mapping[str, Frame],
+        metrics: Mapping[str, Metric],
+        metric_state: Mapping[str, Tensor],
+    ) -> None:
+        self._mode, self._params, self._hyper, self._state = mode, params, hyper, state
+        self._group, self._frames, self._metrics = dict(mode.group), frames, metrics
+        self.changes: dict[str, Tensor] = {}
+        self.new_state: dict[str, Tensor] = {"step": state["step"] + 1} if mode.counts else {}
+        self.new_state |= metric_state
+
+    def take(self, name: str, direction: Tensor) -> Tensor:
+        """du of one parameter for its direction, which is in the parameter's frame, where it has one."""
+        mode, hyper = self._mode, self._hyper
+        g, value, frame = self._group[name], self._params[name], self._frames.get(name)
+        direction = direction.to(value.dtype) if frame is None else direction
+        if mode.decay[g] and not mode.decoupled:
+            direction = direction + hyper.weight_decay[g] * (value if frame is None else frame.into(value))
+        key, metric = state_key(mode.buffer, name), self._metrics.get(name)
+        if mode.average:
+            beta1, step, at_hand = hyper.beta1, self.new_state["step"], direction
+            self.new_state[key] = direction = beta1 * self._state[key] + (1 - beta1) * at_hand
+            if mode.nesterov:
+                direction, step = beta1 * direction + (1 - beta1) * at_hand, step + 1
+            direction = direction / (1 - beta1**step)
+        if metric is not None:
+            direction = metric.solve(direction).to(direction.dtype)
+        if not mode.average and mode.momentum[g]:
+            momentum, at_hand = hyper.momentum[g], direction
+            self.new_state[key] = direction = momentum * self._state[key] + at_hand
+            if mode.nesterov:
+                direction = momentum * direction + at_hand
+        change = -hyper.lr[g] * direction
+        if frame is not None:
+            change = frame.out(change).to(value.dtype)
+        if mode.decay[g] and mode.decoupled:
+            change = change - hyper.lr[g] * hyper.weight_decay[g] * value
+        self.changes[name] = change
+        return change
+
+
+def kept_or_new(
+    skipped: Tensor, new: Iterable[tuple[str, Tensor]], old: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is after a step: the new values, or the old ones where it was skipped (0-d)."""
+    return {name: torch.where(skipped, old[name], value) for name, value in new}
