@@ -2,7 +2,8 @@
 
 A call of the compiled module with gradients on notes its batch; the backward pass brings the gradient to its outputs;
 the step takes the two. Whatever is noted lives as long as the output's autograd graph, and after the backward pass
-until the step, or until the next call's gradient: at most one batch is held by an optimizer.
+until the step, or until the next call's gradient: at most one batch is held by an optimizer. With ``accumulate=`` it
+is held until the next call, in which it becomes a part of the step.
 """
 
 from __future__ import annotations
@@ -171,20 +172,30 @@ class Call:
 
 
 class Calls:
-    """The call that an optimizer's next step is for."""
+    """The calls that an optimizer's next step is for.
 
-    def __init__(self) -> None:
-        self._latest: Call | None = None
-        self._count = 0
+    Args:
+        several: whether a step is of several (``accumulate=``); else the latest alone is held.
+    """
+
+    def __init__(self, several: bool = False) -> None:
+        self._several, self._count = several, 0
+        self._waiting: list[Call] = []
 
     def add(self, call: Call) -> None:
         """A gradient has come back to a call."""
-        if call is not self._latest:
-            self._latest, self._count = call, self._count + 1
+        if any([call is known for known in self._waiting]):
+            return
+        self._waiting, self._count = [*(self._waiting if self._several else ()), call], self._count + 1
 
     def clear(self) -> None:
         """Forget what has come back, as ``zero_grad`` forgets gradients."""
-        self._latest, self._count = None, 0
+        self._waiting, self._count = [], 0
+
+    def take_all(self) -> list[Call]:
+        """The calls that a gradient has come back to, in order, and none of them again."""
+        found, self._waiting, self._count = self._waiting, [], 0
+        return found
 
     def take(self) -> Call:
         """The one call since the last step.
@@ -192,23 +203,28 @@ class Calls:
         Raises:
             RuntimeError: there is none, or there are several.
         """
-        call, count = self._latest, self._count
+        waiting, count = self._waiting, self._count
         self.clear()
-        if call is None:
-            raise RuntimeError(
-                "DDPNOpt.step: no gradient has come back to the model since the last step. Call the compiled module, "
-                "not under no_grad(), and backward() on its loss,\n"
-                "    loss = loss_fn(net(x), y); loss.backward(); opt.step()\n"
-                "or, in one program,\n"
-                "    loss = opt.train_step(x, y)"
-            )
+        if not waiting:
+            raise none_came()
         if count > 1:
             raise RuntimeError(
-                f"DDPNOpt.step: {count} backward passes since the last step. A closed-loop step is of one batch: "
-                "join these into one (torch.cat), whose samples coupling= can cut into groups, and call backward() "
-                "once; or call opt.step() after each, or opt.zero_grad() to drop those before"
+                f"DDPNOpt.step: {count} backward passes since the last step. If they are of one batch in {count} parts, "
+                f"each of its loss divided by {count}, make the optimizer with accumulate={count}; or join them into "
+                "one batch (torch.cat); or call opt.step() after each, or opt.zero_grad() to drop those before"
             )
-        return call
+        return waiting[0]
+
+
+def none_came() -> RuntimeError:
+    """That there is no call to step on."""
+    return RuntimeError(
+        "DDPNOpt.step: no gradient has come back to the model since the last step. Call the compiled module, "
+        "not under no_grad(), and backward() on its loss,\n"
+        "    loss = loss_fn(net(x), y); loss.backward(); opt.step()\n"
+        "or, in one program,\n"
+        "    loss = opt.train_step(x, y)"
+    )
 
 
 def followed(net: CompiledModule) -> bool:

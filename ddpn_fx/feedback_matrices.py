@@ -165,7 +165,7 @@ class _Run:
         self.buffers = dict(net.named_buffers(remove_duplicate=False))
         chain = net.capture(inputs, target, with_target=bool(targets))
         refuse_mixing(_CALL, chain, opt.feedback)
-        mode = replace(mode_of(opt, named), fold=False, stages=False, iterations=None)
+        mode = replace(mode_of(opt, named), fold=False, parts=False, stages=False, iterations=None)
         self.program = Program(chain, mode, batch, self.leaves)
         self.vector = opt._hyper_vector(named)
         self.state = opt._kept.of(self.program, opt.state, named)

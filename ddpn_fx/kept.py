@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ddpn_fx.passes.frame import frame_of
 from ddpn_fx.passes.metric import Site
 from ddpn_fx.passes.mode import AVERAGES, state_key
 from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.parts import Part
 from ddpn_fx.passes.program import Program
 
 
@@ -32,7 +34,7 @@ class Kept:
         found: dict[str, Tensor] = {}
         mode = program.mode
         for name in program.trained:
-            averaged = mode.average or mode.momentum[program.group[name]]
+            averaged = not isinstance(program, Part) and (mode.average or mode.momentum[program.group[name]])
             if not (averaged or mode.preconditioner):  # asking for an entry of torch's state makes one
                 continue
             kept = state[params[name]]
@@ -69,6 +71,14 @@ class Kept:
             return
         for site, slots in members:
             preconditioner.refresh(site, slots, self.taken)
+
+    @contextmanager
+    def renewed(self, members: Sequence[tuple[Site, dict[str, Any]]], agree: Callable[[list[Tensor]], None]) -> Iterator[None]:
+        """Have what is written to the state in between handed to ``agree``."""
+        tensors = [t for _, slots in members for t in slots.values() if isinstance(t, Tensor)]
+        before = [t._version for t in tensors]
+        yield
+        agree([t for t, version in zip(tensors, before, strict=True) if t._version != version])
 
     def load(self, count: Any, params: Mapping[str, Tensor]) -> None:
         """Take a saved count of steps, or None."""

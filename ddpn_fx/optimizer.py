@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.utils._pytree as pytree
@@ -32,10 +32,15 @@ from ddpn_fx.passes.lower import Lowered
 from ddpn_fx.passes.metric import Preconditioner
 from ddpn_fx.passes.mode import FAULT_TARGET, STATISTICS, Hyper
 from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.program import Program
+from ddpn_fx.parts import parts_of
 from ddpn_fx.programs import program_for
 from ddpn_fx.ready import Given, Ready, entries_of, normal
-from ddpn_fx.structure import refuse_iterations, structure_of
+from ddpn_fx.structure import refuse_iterations, refuse_parts, structure_of
 from ddpn_fx.usual import UsualLoop
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DDPNOpt(Optimizer):
@@ -74,6 +79,11 @@ class DDPNOpt(Optimizer):
             direction. One of the two must be set. None: the metric's own, True in ``"eigen-factored"`` with a beta1 and
             False in the others.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
+        accumulate: how many parts the batch of a step comes in, so that memory is for one part at a time: ``train_step``
+            cuts its batch, the usual loop has so many ``backward()`` before a ``step()``, each of its loss divided by
+            this number (:ref:`parts`). No group of the coupling reaches beyond a part.
+        process_group: of torch.distributed: the batch is what all its processes have, whose losses are averaged, and
+            each process's is a part. They begin with the first one's weights. None: this process alone.
         cg_iterations: solve by so many conjugate gradients, without K and without per-sample gradients, for large
             batches; None: dense. For the one system of the defaults: coupling ``"batch"``, ``quu`` and ``rollout`` as
             they are, gain 1 (a number), no trust, no tikhonov. Per-sample gradients are formed of biases and scales,
@@ -118,6 +128,8 @@ class DDPNOpt(Optimizer):
         nesterov: bool | None = None,
         tikhonov: float = 0.0,
         cg_iterations: int | None = None,
+        accumulate: int = 1,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check_arguments(
             net,
@@ -151,9 +163,11 @@ class DDPNOpt(Optimizer):
         self._vector: tuple[Any, Tensor] | None = None
         self._kept = Kept()
         self._faults = Faults()
-        self._usual = UsualLoop()
         self._fold_allowed = not isinstance(gain, Tensor)
+        self._parts = parts_of(net, accumulate, process_group)
+        self._usual = UsualLoop(in_parts=self._parts is not None)
         refuse_iterations(self)
+        refuse_parts(self)
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         check_nesterov(nesterov, beta1, self.param_groups)
         net._followers.add(self)
@@ -246,7 +260,12 @@ class DDPNOpt(Optimizer):
         the device, so a ``LossError`` may come some steps late; no faulty step changes a weight.
         """
         self._usual.ends_in_step = self._usual.ends_in_step or False
-        return self._take(inputs, target)
+        if self._parts is None:
+            return self._take(inputs, target)
+        with self._parts.all_or_none():
+            for share, own_inputs, own_target in self._parts.cut(self, inputs, target):
+                self._take_part(own_inputs, own_target, share)
+        return self._finish()
 
     def _ready_for(self, given: Given) -> Ready | None:
         """What steps on such a batch run, where that is made already."""
@@ -260,33 +279,87 @@ class DDPNOpt(Optimizer):
         trouble: tuple[Tensor, Tensor] | None = None,
         run: Callable[[Ready, Given, Tensor], Tensor] = Ready.run,
     ) -> Tensor:
-        """One step on one batch, in whole or in part.
+        """One step on one batch, in whole or in two halves.
 
         It changes nothing where its target is wrong or its gradient is not finite: ``trouble``, 0-d tensors.
         """
         with torch.inference_mode(False), torch.no_grad():
-            given = Given(inputs, target)
-            ready = self._ready_for(given)
-            if ready is None:
-                self._ready = {k: r for k, r in self._ready.items() if r.holds()}  # no weights of before are kept
-                ready = self._ready[given.key(), structure_of(self)] = self._make_ready(inputs, target)
-            program, params = ready.lowered.program, ready.params
-            vector = self._hyper_vector(params)
-            if trouble is not None:
-                vector = torch.where(torch.stack(trouble).any(), torch.nan, vector)  # which no step survives
-            with full_precision(params):
-                values = run(ready, given, vector)
+            ready, values = self._run(inputs, target, trouble, run)
             if trouble is not None:
                 wrong, lost = trouble
                 values[STATISTICS.index("fault")].masked_fill_(wrong & ~lost, FAULT_TARGET)
-            self._kept.refresh(program, ready.members)
+            self._kept.refresh(ready.lowered.program, ready.members)
+        return self._taken(values, ready.lowered.program, checked=trouble is not None)
+
+    def _take_part(
+        self,
+        inputs: Any,
+        target: Any,
+        share: float | Tensor,
+        trouble: tuple[Tensor, Tensor] | None = None,
+        run: Callable[[Ready, Given, Tensor], Tensor] = Ready.run,
+    ) -> None:
+        """One part of a step's batch, which has this share of what this process has of it."""
+        assert self._parts is not None
+        with torch.inference_mode(False), torch.no_grad():
+            ready, _ = self._run(inputs, target, trouble, run, share)
+            if trouble is not None:
+                wrong, lost = trouble
+                self._parts.note("fault", FAULT_TARGET, wrong & ~lost)
+            self._parts.take(ready.lowered)
+
+    def _finish(self, *, checked: bool = False) -> Tensor:
+        """The update of a step whose parts are in; returns their loss."""
+        parts = self._parts
+        assert parts is not None
+        with torch.inference_mode(False), torch.no_grad():
+            lowered = parts.finish()
+            if lowered is None:
+                self._skip(next(iter(self.net.parameters())))
+                return self.stats["loss"]
+            ready = self._finish_ready(lowered)
+            program = ready.lowered.program
+            with full_precision(ready.params):
+                values = ready.run(Given((), None), self._hyper_vector(ready.params))
+            with self._kept.renewed(ready.members, parts.agree):
+                self._kept.refresh(program, ready.members)
+        return self._taken(values, program, checked=checked)
+
+    def _run(
+        self,
+        inputs: Any,
+        target: Any,
+        trouble: tuple[Tensor, Tensor] | None,
+        run: Callable[[Ready, Given, Tensor], Tensor],
+        share: float | Tensor | None = None,
+    ) -> tuple[Ready, Tensor]:
+        """Run the program for a batch, or for a part of one: what ran, and its statistics vector."""
+        given = Given(inputs, target)
+        ready = self._ready_for(given)
+        if ready is None:
+            self._ready = {k: r for k, r in self._ready.items() if r.holds()}  # no weights of before are kept
+            ready = self._ready[given.key(), structure_of(self)] = self._make_ready(inputs, target)
+        vector = self._hyper_vector(ready.params)
+        if trouble is not None:
+            vector = torch.where(torch.stack(trouble).any(), torch.nan, vector)  # which no step survives
+        if self._parts is not None and share is not None:
+            self._parts.has(share)
+        with full_precision(ready.params):
+            values = run(ready, given, vector)
+        self._last = Last(ready.lowered.program, given.leaves, given.spec)
+        return ready, values
+
+    def _taken(self, values: Tensor, program: Program, *, checked: bool) -> Tensor:
+        """Note the statistics of a step that has been taken; returns its loss.
+
+        Raises:
+            LossError: its statistics, or those of a step before, say that the loss did not fit.
+        """
         self._values = values[: len(STATISTICS)]
-        self._last = Last(program, given.leaves, given.spec)
-        self.stage_stats = stage_figures(values) if self._figures_wanted else {}
+        self.stage_stats = stage_figures(values) if self._figures_wanted and program.mode.stages else {}
         self._figures_wanted = False
         self._opt_called = True  # torch's schedulers look for a step before theirs
-        faulty = trouble is not None or getattr(self._factor, "floor", None) is not None
-        if faulty or program.chain.loss_node is None:
+        if checked or getattr(self._factor, "floor", None) is not None or program.chain.loss_node is None:
             for arrived in self._faults.arrived(self._values):
                 raise_fault(self, dict(zip(STATISTICS, arrived.tolist(), strict=True)))
         return self._values[STATISTICS.index("loss")]
@@ -334,6 +407,8 @@ class DDPNOpt(Optimizer):
         """As ``torch.optim.Optimizer.zero_grad``; a backward pass before it has no part in the next step."""
         super().zero_grad(set_to_none)
         self._usual.calls.clear()
+        if self._parts is not None:
+            self._parts.clear()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -351,11 +426,29 @@ class DDPNOpt(Optimizer):
         leaves = [normal(t) if isinstance(t, Tensor) else t for t in leaves]
         params = dict(net.named_parameters(remove_duplicate=False))
         buffers = dict(net.named_buffers(remove_duplicate=False))
-        lowered = program_for(self, leaves, spec, batch, params, buffers)
-        state = self._kept.of(lowered.program, self.state, params)
+        return self._bound(program_for(self, leaves, spec, batch, params, buffers), params, buffers)
+
+    def _finish_ready(self, lowered: Lowered) -> Ready:
+        """The update of a batch in parts, with all that it runs on."""
+        key = "finish", structure_of(self), id(lowered)
+        ready = self._ready.get(key)
+        if ready is None or not ready.holds():
+            ready = self._ready[key] = self._bound(lowered, dict(self.net.named_parameters(remove_duplicate=False)), {})
+        return ready
+
+    def _bound(
+        self, lowered: Lowered, params: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]
+    ) -> Ready:
+        state = self._state_of(lowered.program, params)
         kept = [self.state, *(self.state[p] for p in params.values() if p in self.state)]
         members = self._kept.members(lowered.program, self.state, params)
-        return Ready(lowered, params, buffers, state, members, [*entries_of(net._original), *((k, k) for k in kept)])
+        rests_on = [*entries_of(self.net._original), *((k, k) for k in kept)]
+        return Ready(lowered, params, buffers, state, members, rests_on)
+
+    def _state_of(self, program: Program, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a program reads and writes beside weights and buffers."""
+        state = self._kept.of(program, self.state, params)
+        return state if self._parts is None else state | self._parts.of(program, params, state)
 
     def _new_vector(self, like: Tensor) -> Tensor:
         return torch.tensor(self._numbers(), dtype=accumulate_dtype(like.dtype)).to(like.device, non_blocking=True)
@@ -417,6 +510,7 @@ class DDPNOpt(Optimizer):
             "cg_iterations",
             "_factor",
             "_kept",
+            "_parts",
             "_preconditioner",
             "_fold_allowed",
         )
@@ -425,6 +519,7 @@ class DDPNOpt(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("nesterov", False)  # of before it was an option
+        self.__dict__.setdefault("_parts", None)
         self.__dict__.setdefault("_programs", {})
         self.__dict__.setdefault("_vector", None)
         self.__dict__.setdefault("_faults", Faults())
@@ -433,5 +528,5 @@ class DDPNOpt(Optimizer):
         self.__dict__.setdefault("stage_stats", {})
         self.__dict__.setdefault("_figures_wanted", False)
         self.__dict__.setdefault("_last", None)
-        self.__dict__.setdefault("_usual", UsualLoop())
+        self.__dict__.setdefault("_usual", UsualLoop(in_parts=self._parts is not None))
         self.net._followers.add(self)

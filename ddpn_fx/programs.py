@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch.utils._pytree as pytree
@@ -13,6 +13,7 @@ from ddpn_fx.batch import full_precision
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
 from ddpn_fx.passes.mode import Mode
+from ddpn_fx.passes.parts import Finish, Part
 from ddpn_fx.passes.program import Program
 from ddpn_fx.structure import mode_of, refuse_mixing, structure_of
 
@@ -64,7 +65,20 @@ def _lowered(
     opt: DDPNOpt, chain: Chain, mode: Mode, leaves: list[Any], batch: int, params: Mapping[str, nn.Parameter]
 ) -> Lowered:
     refuse_mixing("DDPNOpt.train_step", chain, opt.feedback)
-    program = Program(chain, mode, batch, leaves)
+    if not mode.parts:
+        return _compiled(opt, Program(chain, mode, batch, leaves), leaves, params)
+    found = _compiled(opt, Part(chain, mode, batch, leaves), leaves, params)
+    # One update serves parts of any size, as long as they are of the same weights.
+    finish = next((other.finish for other in opt.net._lowered.values() if _same_finish(other, found)), None)
+    found.finish = finish or _compiled(opt, Finish(chain, mode), (), params)
+    return found
+
+
+def _same_finish(one: Lowered, other: Lowered) -> bool:
+    return one.program.mode == other.program.mode and one.program.chain is other.program.chain
+
+
+def _compiled(opt: DDPNOpt, program: Program, leaves: Sequence[Any], params: Mapping[str, nn.Parameter]) -> Lowered:
     options = opt.net._options
     kwargs_of_compile = {k: v for k, v in options["compile_kwargs"].items() if k != "fullgraph"}
     if options["mode"] is not None:
@@ -75,7 +89,7 @@ def _lowered(
         dict(opt.net.named_buffers(remove_duplicate=False)),
         leaves,
         opt._new_vector(next(iter(params.values()))),
-        opt._kept.of(program, opt.state, params),
+        opt._state_of(program, params),
         backend=options["backend"],
         compile_kwargs=kwargs_of_compile,
     )

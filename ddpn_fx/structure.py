@@ -37,7 +37,7 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
     Raises:
         ValueError: a parameter of a group is the model's no longer, or none is trainable.
     """
-    folds, no_trust, regularized, average, figures, _ = structure_of(opt)
+    _, no_trust, regularized, average, figures, _ = structure_of(opt)
     names = {id(p): n for n, p in reversed(list(params.items()))}
     for i, members in enumerate(g["params"] for g in opt.param_groups):
         for p in members:
@@ -55,18 +55,15 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         )
     off = opt.net._options["off"]
     refuse_iterations(opt)
+    refuse_parts(opt)
+    in_parts = opt._parts is not None
     return Mode(
         terminal=opt._factor,
         coupling=opt.coupling,
         quu=opt.quu,
         rollout=opt.rollout,
         feedback=opt.feedback,
-        fold=folds
-        and "fold" not in off
-        and opt.quu == "gauss-newton"
-        and opt.rollout == "linear"
-        and not regularized
-        and (opt.preconditioner is None or opt.preconditioner.moments == "gradient"),
+        fold=all(_folds(opt).values()),
         trust=not no_trust,
         group=group,
         decay=tuple(bool(float(g["weight_decay"])) for g in opt.param_groups),
@@ -77,7 +74,8 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         preconditioner=opt.preconditioner,
         tikhonov=regularized,
         iterations=opt.cg_iterations if opt.feedback else None,
-        stages=figures,
+        parts=in_parts,
+        stages=figures and not in_parts,
         off=off,
     )
 
@@ -90,9 +88,41 @@ def refuse_iterations(opt: DDPNOpt) -> None:
     """
     if opt.cg_iterations is None or not opt.feedback:
         return
+    asked = {"coupling='batch'": opt.coupling == "batch", **_folds(opt)}
+    missing = [what for what, holds in asked.items() if not holds]
+    if missing:
+        raise ValueError(
+            f"DDPNOpt: cg_iterations={opt.cg_iterations} solves for the whole batch and all stages at once, "
+            f"which needs {', '.join(missing)}; or leave cg_iterations out for the dense solve"
+        )
+
+
+def refuse_parts(opt: DDPNOpt) -> None:
+    """Refuse a batch in parts where a step has to have it whole.
+
+    Raises:
+        ValueError: it has; it names the options in the way.
+    """
+    if opt._parts is None:
+        return
+    option = "process_group=" if opt._parts.group is not None else f"accumulate={opt._parts.count}"
+    if getattr(opt.preconditioner, "needs_samples", False):
+        raise ValueError(
+            f"DDPNOpt: {option} leaves nothing of single samples, of which {type(opt.preconditioner).__name__} makes "
+            "its metric; take one that is made of the gradient: 'diagonal', 'factored' or 'eigen-factored'"
+        )
+    missing = [what for what, holds in _folds(opt).items() if not holds]
+    if missing and opt.feedback:
+        raise ValueError(
+            f"DDPNOpt: {option} takes the batch in parts, each with one solve for all stages, which needs "
+            f"{', '.join(missing)}; or leave it out for the whole batch at once"
+        )
+
+
+def _folds(opt: DDPNOpt) -> dict[str, bool]:
+    """What the one solve for all stages needs, and whether it is so."""
     moments = "gradient" if opt.preconditioner is None else opt.preconditioner.moments
-    asked = {
-        "coupling='batch'": opt.coupling == "batch",
+    return {
         "quu='gauss-newton'": opt.quu == "gauss-newton",
         "rollout='linear'": opt.rollout == "linear",
         "gain=1.0 (a number, no tensor)": opt._fold_allowed and float(opt.gain) == 1.0,
@@ -101,12 +131,6 @@ def refuse_iterations(opt: DDPNOpt) -> None:
         "a preconditioner with moments='gradient'": moments == "gradient",
         "the pass 'fold'": "fold" not in opt.net._options["off"],
     }
-    missing = [what for what, holds in asked.items() if not holds]
-    if missing:
-        raise ValueError(
-            f"DDPNOpt: cg_iterations={opt.cg_iterations} solves for the whole batch and all stages at once, "
-            f"which needs {', '.join(missing)}; or leave cg_iterations out for the dense solve"
-        )
 
 
 def refuse_mixing(call: str, chain: Chain, feedback: bool) -> None:

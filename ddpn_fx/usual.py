@@ -11,7 +11,7 @@ is none of the optimizer's, where an input wants one, where there are hooks to b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ddpn_fx.batch import full_precision
-from ddpn_fx.calls import Call, Calls
+from ddpn_fx.calls import Call, Calls, none_came
 from ddpn_fx.faults import raise_fault
+from ddpn_fx.parts import Parts
 from ddpn_fx.passes.mode import FAULT_TARGET
 from ddpn_fx.ready import Given, Ready, hooked
 from ddpn_fx.targets import Arrived, Inverse
@@ -69,8 +70,8 @@ class UsualLoop:
         ends_in_step: whether the loop ends in ``step()``; False: in ``train_step``; None: no step has been taken.
     """
 
-    def __init__(self) -> None:
-        self.calls = Calls()
+    def __init__(self, in_parts: bool = False) -> None:
+        self.calls = Calls(several=in_parts)
         self.ends_in_step: bool | None = None
         self._inverse: Inverse | None = None
         self._kinds: dict[Any, Kind | None] = {}
@@ -78,6 +79,8 @@ class UsualLoop:
     def run(self, opt: DDPNOpt, call: Call) -> Any:
         """The model's output, in the cheapest way that is known for such a batch."""
         net = opt.net
+        if opt._parts is not None:
+            self.add_parts(opt, opt._parts)
         if self.ends_in_step is False:
             call.rest_on(net.parameters())
             return net._run(*call.args, **call.kwargs)
@@ -108,18 +111,46 @@ class UsualLoop:
         return _returned(outputs)
 
     def step(self, opt: DDPNOpt) -> None:
-        """One step on the call that the gradient has come back to."""
-        call = self.calls.take()
+        """One step on the call that the gradient has come back to; on the parts since the last, with ``accumulate=``."""
+        parts = opt._parts
+        if parts is None:
+            self.ends_in_step, call = True, self.calls.take()
+            self._use(opt, call)
+            return
         self.ends_in_step = True
+        if hasattr(opt, "found_inf"):
+            opt.zero_grad()
+            raise RuntimeError(
+                "DDPNOpt.step: torch.amp.GradScaler says the scale of a loss in its step alone, too late for the parts "
+                "of a batch (accumulate=, process_group=); use torch.autocast(dtype=torch.bfloat16), which takes none"
+            )
+        self.add_parts(opt, parts)
+        if not parts.taken:
+            raise none_came()
+        opt._finish(checked=True)
+
+    def add_parts(self, opt: DDPNOpt, parts: Parts) -> None:
+        """Make the calls that a gradient has come back to parts of the step."""
+        with parts.all_or_none():
+            for call in self.calls.take_all():
+                self._use(opt, call)
+
+    def _use(self, opt: DDPNOpt, call: Call) -> None:
+        """Take the step of a call, or the part."""
+        parts = opt._parts
         with call.surroundings(), torch.inference_mode(False), torch.no_grad():
-            scale, found_inf = _scaling(opt)
+            scale, found_inf = _scaling(opt) if parts is None else (None, None)
             arrived = call.arrived(scale, opt.net._options["loss"] is None)
             lost = ~arrived.gradient.isfinite().all()
+            share = None if parts is None else self._share(opt, parts, arrived)
             found = self._target(opt, arrived)
             if found is None:
                 if not bool(lost):
                     raise_fault(opt, {"fault": FAULT_TARGET})
-                opt._skip(lost)
+                if parts is None:
+                    opt._skip(lost)
+                else:
+                    parts.lose()
                 return
             target, wrong = found
             if found_inf is not None:
@@ -132,11 +163,41 @@ class UsualLoop:
                         "DDPNOpt.step: the model's output was changed in place after it was returned, and the step "
                         "needs it as it was; write output = output * 2, not output *= 2"
                     )
-                opt._take(call.inputs, target, (wrong, lost), _Second(begun))
+                self._take(opt, call, target, (wrong, lost), share, _Second(begun))
                 return
-            self._plainly(opt, call, target, (wrong, lost))
+            self._plainly(opt, call, target, (wrong, lost), share)
 
-    def _plainly(self, opt: DDPNOpt, call: Call, target: Any, trouble: tuple[Tensor, Tensor]) -> None:
+    @staticmethod
+    def _take(
+        opt: DDPNOpt,
+        call: Call,
+        target: Any,
+        trouble: tuple[Tensor, Tensor],
+        share: float | Tensor | None,
+        run: Callable[[Ready, Given, Tensor], Tensor],
+    ) -> None:
+        if share is None:
+            opt._take(call.inputs, target, trouble, run)
+        else:
+            opt._take_part(call.inputs, target, share, trouble, run)
+
+    @staticmethod
+    def _share(opt: DDPNOpt, parts: Parts, arrived: Arrived) -> float | Tensor:
+        """What the loop has multiplied a part's loss by, which the gradient then is without."""
+        if opt.net._options["loss"] is None:
+            share, arrived.gradient = arrived.gradient, torch.ones_like(arrived.gradient)
+            return share
+        arrived.gradient = arrived.gradient * parts.count
+        return 1 / parts.count
+
+    def _plainly(
+        self,
+        opt: DDPNOpt,
+        call: Call,
+        target: Any,
+        trouble: tuple[Tensor, Tensor],
+        share: float | Tensor | None,
+    ) -> None:
         """A step that runs the model again; notes how the next batch of this kind is to run."""
         after = _copies(opt)
         _put_back(call.buffers)  # the call has updated them: the step runs from what they were before
@@ -145,7 +206,8 @@ class UsualLoop:
         kind = self._kinds.get(key)
         both = _Both()
         try:
-            opt._take(call.inputs, target, trouble, both if new or (kind and kind.alone is None) else Ready.run)
+            run = both if new or (kind and kind.alone is None) else Ready.run
+            self._take(opt, call, target, trouble, share, run)
         finally:
             _put_back(after)
         if not new:

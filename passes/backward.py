@@ -28,7 +28,7 @@ from ddpn_fx.passes.ir import Chain, Stage
 from ddpn_fx.passes.iterative import Vector, conjugate_gradients
 from ddpn_fx.passes.linearize import pullback
 from ddpn_fx.passes.metric import Metric, Moment, sites
-from ddpn_fx.passes.mode import Hyper, Mode, slots_of, state_key
+from ddpn_fx.passes.mode import SHARE, Hyper, Mode, slots_of, state_key
 from ddpn_fx.passes.numeric import accumulate_dtype, real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
@@ -54,6 +54,8 @@ class Linearization:
         frames: parameter name -> its frame, where its metric and directions are in one.
         metrics: parameter name -> its metric, where the preconditioner is not the identity.
         metric_state: what the preconditioner keeps, by key.
+        share: s_j of a batch that comes in parts, 0-d; None: the whole.
+        gradients: parameter name -> Gamma b_T with its share, of a part, where a metric is made of it.
         clamps: eigenvalues clamped so far.
         fault: the terminal factor's fault.
     """
@@ -72,6 +74,8 @@ class Linearization:
     frames: dict[str, Frame] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
     metric_state: dict[str, Tensor] = field(default_factory=dict)
+    share: Tensor | None = None
+    gradients: dict[str, Tensor] = field(default_factory=dict)
     clamps: Tensor | None = None
     fault: Tensor | None = None
 
@@ -101,7 +105,8 @@ def backward(
         state: the optimiser state by key (:func:`ddpn_fx.passes.mode.state_key`).
     """
     trained = [p for names in controls for p in names]
-    linear = _terminal(chain, mode, Gammas(chain, trajectory.parameters, trained, batch), batch, trajectory)
+    gammas = Gammas(chain, trajectory.parameters, trained, batch)
+    linear = _terminal(chain, mode, gammas, batch, trajectory, state[SHARE] if mode.parts else None)
     # Stage by stage, so that what the Gram alone needs of a stage is dropped before the next one is pulled.
     pulled = _pulled(chain, trajectory, linear.seeds, linear.gammas, hold=mode.feedback, states=linear.states)
     recursion = _Recursion(chain, mode, controls, trajectory, linear, hyper, state)
@@ -153,20 +158,25 @@ def _pulled(
         yield stage
 
 
-def _terminal(chain: Chain, mode: Mode, gammas: Gammas, batch: int, trajectory: Trajectory) -> Linearization:
-    """Columns S and (b_T, C_T) in blocks."""
+def _terminal(
+    chain: Chain, mode: Mode, gammas: Gammas, batch: int, trajectory: Trajectory, share: Tensor | None
+) -> Linearization:
+    """Columns S and (b_T, C_T) in blocks; a part's samples weigh their share less in the batch."""
     with origin({"role": "loss", "stage": len(chain.stages)}):
         if not mode.feedback:
             assert trajectory.seed is not None
             one = trajectory.seed.new_ones(batch, 1, dtype=gammas.dtype)
             terminal = bellman.Terminal(torch.zeros_like(one), torch.zeros_like(one), one)
-            return Linearization(gammas, [], Blocks(batch, 1, 1), terminal, one, trajectory.seed[:, None])
+            weight = one if share is None else one * share
+            seeds = trajectory.seed[:, None]
+            return Linearization(gammas, [], Blocks(batch, 1, 1), terminal, weight, seeds, share=share)
         assert trajectory.phi is not None
         factors = mode.terminal.factors(trajectory.phi)
         work = gammas.dtype
         factors = replace(factors, **{k: getattr(factors, k).to(work) for k in ("S", "beta", "curved")})
         blocks = Blocks(batch, factors.S.shape[1], mode.group_size(batch))
         weight = trajectory.phi.weight[:, None].to(work).expand_as(factors.beta)
+        weight = weight if share is None else weight * share
         one = torch.ones_like(weight)
         inside, outside = (one, weight) if mode.coupling == "sample" else (weight, one)
         curved = inside * factors.curved
@@ -176,7 +186,8 @@ def _terminal(chain: Chain, mode: Mode, gammas: Gammas, batch: int, trajectory: 
         parts = torch.stack([curved, factors.beta * factors.curved, free]).unbind()
         terminal = bellman.Terminal(*(blocks.columns_of(t) for t in parts))
         return Linearization(
-            gammas, [], blocks, terminal, outside, factors.S, clamps=factors.clamps, fault=factors.fault
+            *(gammas, [], blocks, terminal, outside, factors.S),
+            **{"clamps": factors.clamps, "fault": factors.fault, "share": share},
         )
 
 
@@ -258,6 +269,8 @@ class _Recursion:
             return
         # Of the sample's own loss: b counts each sample by its share of the batch's loss.
         own = b * linear.blocks.batch
+        if linear.share is not None:
+            own = own / linear.share
         for gamma in list(linear.gammas.of(self.controls[stage.index])):
             frame = frame_of(preconditioner, self.sites[gamma.name], slots_of(gamma.name, self.state))
             if frame is not None:
@@ -267,11 +280,15 @@ class _Recursion:
         for gamma in linear.gammas.of(self.controls[stage.index]):
             name, whole = gamma.name, self._direction(gamma, b)
             with origin({"role": "metric", "stage": stage.index, "module_path": name}):
+                if linear.share is not None:
+                    linear.gradients[name] = whole
+                    whole = whole / linear.share  # what it would be, were the part the batch
                 direction = whole if name in linear.frames else whole.to(self.params[name].dtype)
                 if self._decays(name):
                     value = linear.framed(name, self.params[name])
                     direction = direction + self.hyper.weight_decay[self.group[name]] * value
-                moment = Moment(self.sites[name], gamma, direction, own, self.state["step"] + 1, linear.gammas.dtype)
+                step, of_samples = self.state["step"] + 1, (gamma, own)
+                moment = Moment(self.sites[name], direction, step, linear.gammas.dtype, of_samples)
                 linear.metrics[name], new = preconditioner.metric(moment, slots_of(name, self.state))
                 linear.metric_state.update({state_key(slot, name): t for slot, t in new.items()})
 

@@ -7,7 +7,7 @@ last stage's second forward pass would serve nobody and is not made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
 from ddpn_fx.passes.numeric import real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory
-from ddpn_fx.passes.update import Update
+from ddpn_fx.passes.update import Directions, Update
 
 
 class Rollout:
@@ -35,11 +35,8 @@ class Rollout:
         trajectory: the nominal trajectory.
         linear: its linearisation and policies.
         hyper: the numbers of the step.
-        state: momentum buffers by parameter name, and ``"step"`` with beta1.
+        update: what takes each parameter's direction in: all of them, when :meth:`run` is done.
         figures: what takes in each stage's figures, where they are wanted.
-
-    Attributes:
-        update: what takes each parameter's direction in, and has made the changes when :meth:`run` is done.
     """
 
     def __init__(
@@ -50,13 +47,12 @@ class Rollout:
         trajectory: Trajectory,
         linear: Linearization,
         hyper: Hyper,
-        state: Mapping[str, Tensor],
+        update: Update | Directions,
         figures: Figures | None = None,
     ) -> None:
         self.chain, self.mode, self.controls = chain, mode, controls
-        self.trajectory, self.linear, self.hyper, self.figures = trajectory, linear, hyper, figures
-        params = trajectory.parameters.params
-        self.update = Update(mode, params, hyper, state, linear.frames, linear.metrics, linear.metric_state)
+        self.trajectory, self.linear, self.hyper = trajectory, linear, hyper
+        self.update, self.figures = update, figures
         self._exact: tuple[Tensor, Gammas] | None = None
 
     def run(self) -> dict[str, Tensor]:
@@ -72,6 +68,8 @@ class Rollout:
             for gamma in self.linear.gammas.of(self.controls[stage.index]):
                 with origin({"role": "update", "stage": stage.index, "module_path": gamma.name}):
                     change = self.update.take(gamma.name, gamma.contract(self.linear.weight))
+                    if change is None:
+                        continue
                     gradient = gamma.plain.contract(self.linear.weight)  # the same as the framed one's, once merged
                     predicted = predicted - (gradient * change).sum().to(predicted.dtype)
         zero = torch.zeros_like(predicted)

@@ -92,13 +92,8 @@ class Signature:
 
 def signature(program: Program, state: Mapping[str, Tensor]) -> Signature:
     """The signature of a program's step."""
-    captured = program.chain.captured
-    return Signature(
-        tuple(dict.fromkeys(captured.params.values())),
-        tuple(dict.fromkeys(captured.buffers.values())),
-        tuple(state),
-        sum(program.is_tensor),
-    )
+    params, buffers = program.reads()
+    return Signature(params, buffers, tuple(state), sum(program.is_tensor))
 
 
 @dataclass
@@ -108,6 +103,7 @@ class Lowered:
     ``module`` is the fused graph; None where tracing is disabled. ``vector`` and ``shapes`` (of the
     batch's tensors and the optimiser state) are what it takes to make inputs for inspection, beside the
     few samples on which the model was captured: of the batch itself nothing is kept. ``cut`` makes the halves.
+    ``finish`` is the update, where the step is of one part of a batch (:mod:`ddpn_fx.passes.parts`).
     """
 
     program: Program
@@ -118,6 +114,7 @@ class Lowered:
     shapes: list[tuple[torch.Size, torch.dtype, torch.device]]
     records: list[PassRecord] = field(default_factory=list)
     cut: Callable[[], Halves | None] = lambda: None
+    finish: Lowered | None = None
 
     @cached_property
     def halves(self) -> Halves | None:
@@ -132,7 +129,7 @@ class Lowered:
             return rows.to(device, dtype, copy=True)
 
         count = self.signature.leaves
-        examples = [t for t in self.program.chain.captured.example if isinstance(t, Tensor)]
+        examples = [t for t in self.program.chain.captured.example if isinstance(t, Tensor)] if count else []
         batch = [repeated(t, *s) for t, s in zip(examples, self.shapes[:count], strict=True)]
         state = [torch.zeros(s, dtype=d, device=v) for s, d, v in self.shapes[count:]]
         held = [params[n] for n in self.signature.params] + [buffers[n] for n in self.signature.buffers]

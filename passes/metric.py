@@ -123,20 +123,41 @@ class Moment:
 
     Attributes:
         site: the parameter.
-        gamma: its Gamma.
         direction: Q_u (with l_u), of the parameter's shape or in its frame.
-        coefficient: (B, R): V_x of sample i is ``sum_c coefficient[i, c] Z[i, c]``, of the sample's own loss (B times
-            its share of the batch's loss, which is taken for a mean).
         step: 0-d, how many steps there were with this one.
         dtype: what moments are kept in: float32, or float64 for a float64 model.
+        of_samples: the parameter's Gamma and ``coefficient``; None where the batch has come in parts, of whose samples
+            nothing is left (:mod:`ddpn_fx.passes.parts`).
     """
 
     site: Site
-    gamma: Gamma
     direction: Tensor
-    coefficient: Tensor
     step: Tensor
     dtype: torch.dtype
+    of_samples: tuple[Gamma, Tensor] | None
+
+    @property
+    def gamma(self) -> Gamma:
+        """The parameter's Gamma."""
+        return self._of_samples[0]
+
+    @property
+    def coefficient(self) -> Tensor:
+        """(B, R): V_x of sample i is ``sum_c coefficient[i, c] Z[i, c]``.
+
+        It is of the sample's own loss: B times its share of the batch's loss, which is taken for a mean.
+        """
+        return self._of_samples[1]
+
+    @property
+    def _of_samples(self) -> tuple[Gamma, Tensor]:
+        if self.of_samples is None:
+            raise ValueError(
+                f"DDPNOpt: the preconditioner makes the metric of {self.site.name!r} from single samples, of which "
+                "nothing is left when a batch comes in parts (accumulate=, process_group=); take one that is made of "
+                "the gradient: 'diagonal', 'factored' or 'eigen-factored'"
+            )
+        return self.of_samples
 
     @cached_property
     def samples(self) -> Tensor:
@@ -160,6 +181,8 @@ class Preconditioner(Protocol):
     the averages of momentum and beta1 are (:mod:`ddpn_fx.passes.frame`); ``refresh`` then turns these averages as well.
     It may have ``refresh_all(members, step)``, which takes the place of ``refresh``: of all parameters at once, each a
     (site, state), so that what is alike is worked out together.
+    It may say ``needs_samples``, True where it reads a moment's ``samples``, ``second_moments`` or ``gamma``: then no
+    batch comes in parts.
     It may say ``default_lr``, ``default_beta1`` and ``default_nesterov``, DDPNOpt's where it is given None; else they
     are 1.0, 0.0 and False.
     ``moments``: ``"gradient"``: from Gamma b_T; ``"value"``: from V of the recursion, Gamma b_{t+1} (the paper).

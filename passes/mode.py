@@ -13,6 +13,7 @@ from ddpn_fx.passes.metric import Preconditioner
 
 AVERAGES = ("exp_avg", "momentum_buffer")  # torch.optim's names of what is kept of directions
 STATISTICS = ("loss", "predicted_decrease", "max_y", "clamps", "clipped", "skipped", "fault")
+SHARE = "share"  # key of a part's share of the batch in the optimiser state (ddpn_fx.passes.parts)
 # Values of the "fault" statistic.
 FAULT_FLOOR = 1.0
 FAULT_MIXING = 2.0
@@ -87,6 +88,7 @@ class Mode:
         preconditioner: what makes M; None for the identity.
         tikhonov: whether eps_V is added.
         iterations: of the folded solve without K (:mod:`ddpn_fx.passes.iterative`); None: the dense solve.
+        parts: whether the batch comes in parts, and the step is of one (:mod:`ddpn_fx.passes.parts`).
         stages: whether the figures of every stage are computed as well (:mod:`ddpn_fx.passes.figures`).
         off: names of the optional passes that are switched off (:mod:`ddpn_fx.passes.catalogue`).
     """
@@ -107,6 +109,7 @@ class Mode:
     preconditioner: Preconditioner | None = None
     tikhonov: bool = False
     iterations: int | None = None
+    parts: bool = False
     stages: bool = False
     off: tuple[str, ...] = ()
 

@@ -27,7 +27,7 @@ from ddpn_fx.passes.metric import Site, sites
 from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory, new_buffers, outputs, simulate
-from ddpn_fx.passes.update import kept_or_new
+from ddpn_fx.passes.update import Directions, Update, kept_or_new
 
 
 def pack(statistics: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -63,6 +63,11 @@ class Program:
             self._sites = sites(self.chain, params)
         return self._sites
 
+    def reads(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the parameters and of the buffers that a step reads."""
+        captured = self.chain.captured
+        return tuple(dict.fromkeys(captured.params.values())), tuple(dict.fromkeys(captured.buffers.values()))
+
     @contextmanager
     def kernels(self) -> Iterator[None]:
         """What the step runs under: the passes that are off, and attention as plain operators.
@@ -97,13 +102,19 @@ class Program:
 
         With ``mode.stages`` the statistics have ``"stages"``, (T, len(FIGURES)), as well.
         """
-        shared = self.chain, self.mode, self.controls
-        figures = Figures(*shared, trajectory.parameters.params, linear, hyper) if self.mode.stages else None
-        rollout = Rollout(*shared, trajectory, linear, hyper, state, figures)
-        statistics = rollout.run()
+        shared, params = (self.chain, self.mode, self.controls), trajectory.parameters.params
+        figures = Figures(*shared, params, linear, hyper) if self.mode.stages else None
+        update = self.update(params, linear, hyper, state)
+        statistics = Rollout(*shared, trajectory, linear, hyper, update, figures).run()
         if figures is not None:
             statistics["stages"] = figures.table()
-        return rollout.update.changes, rollout.update.new_state, statistics
+        return update.changes, update.new_state, statistics
+
+    def update(
+        self, params: Mapping[str, Tensor], linear: Linearization, hyper: Hyper, state: Mapping[str, Tensor]
+    ) -> Update | Directions:
+        """What becomes of each parameter's direction."""
+        return Update(self.mode, params, hyper, state, linear.frames, linear.metrics, linear.metric_state)
 
     def step(
         self,

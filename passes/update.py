@@ -49,6 +49,10 @@ class Update:
         self.new_state: dict[str, Tensor] = {"step": state["step"] + 1} if mode.counts else {}
         self.new_state |= metric_state
 
+    def frame_of(self, name: str) -> Frame | None:
+        """The frame of one parameter's directions, where they are in one."""
+        return self._frames.get(name)
+
     def take(self, name: str, direction: Tensor) -> Tensor:
         """du of one parameter for its direction, which is in the parameter's frame, where it has one."""
         mode, hyper = self._mode, self._hyper
@@ -77,6 +81,23 @@ class Update:
             change = change - hyper.lr[g] * hyper.weight_decay[g] * value
         self.changes[name] = change
         return change
+
+
+class Directions:
+    """The directions alone, for an update that is made elsewhere (:mod:`ddpn_fx.passes.parts`).
+
+    Attributes:
+        changes: direction by parameter name, in the parameter's frame, where it has one.
+        new_state: empty.
+    """
+
+    def __init__(self) -> None:
+        self.changes: dict[str, Tensor] = {}
+        self.new_state: dict[str, Tensor] = {}
+
+    def take(self, name: str, direction: Tensor) -> None:
+        """The direction of one parameter."""
+        self.changes[name] = direction
 
 
 def kept_or_new(

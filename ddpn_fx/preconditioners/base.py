@@ -14,11 +14,16 @@ MOMENTS = ("gradient", "value")
 
 @dataclass(frozen=True)
 class Base:
-    """What all have: ``moments``, no work beside the step, and DDPNOpt's lr, beta1 and nesterov where they are None."""
+    """What all have: ``moments``, no work beside the step, and DDPNOpt's lr, beta1 and nesterov where they are None.
+
+    Attributes:
+        needs_samples: whether M is made of the samples' own Q_u, not of the batch's alone.
+    """
 
     default_lr: ClassVar[float] = 1.0
     default_beta1: ClassVar[float] = 0.0
     default_nesterov: ClassVar[bool] = False
+    needs_samples: ClassVar[bool] = False
 
     @property
     def moments(self) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Kronecker(Base):
         moments: as :class:`Diagonal`'s.
     """
 
+    needs_samples: ClassVar[bool] = True
     decay: float = 0.95
     damping: float = 1e-3
     max_size: int = 2048
@@ -95,6 +97,7 @@ class EigenKronecker(Base):
         moments: as :class:`Diagonal`'s.
     """
 
+    needs_samples: ClassVar[bool] = True
     decay: float = 0.95
     damping: float = 1e-3
     refresh_every: int = 50

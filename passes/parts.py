@@ -1,0 +1,177 @@
+"""Parts: a step whose batch comes in parts, one after another or on several machines.
+
+The batch is the union of its parts, ``J = sum_j s_j J_j`` with s_j the share of part j (1/n of n equal ones), and no
+group of the coupling (DESIGN 2.2) reaches beyond a part. So K between parts is zero, each part solves its own system
+with ``w_i s_j`` for the weights of its samples, and
+
+    du = -eta M^-1 ( sum_j Gamma_j omega_j + wd u ).
+
+A part's program works out ``Gamma_j omega_j`` and adds it to what the parts before have left; the finish is the
+update. Of the activations and cotangents of a part nothing is left when the next one comes: so the memory is that of
+one part, and over the wire goes what SGD's gradient takes.
+
+M is that of the whole batch in the update. It is made of ``sum_j Gamma_j b_j`` and so is not there yet when a part
+needs it for its K: there M is what the part alone would make it, were it the batch. Of a moving average that is
+nearly the same, and a part of larger gradients than the whole has is damped less, but makes a smaller step.
+
+With one part this is the step of :class:`~ddpn_fx.passes.program.Program`. Only the folded solve and the open loop
+come in parts: in any other, a stage's policy reacts to what the stages before it did to the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpn_fx.passes.backward import Linearization
+from ddpn_fx.passes.frame import frame_of
+from ddpn_fx.passes.ir import Chain
+from ddpn_fx.passes.metric import Moment
+from ddpn_fx.passes.mode import SHARE, STATISTICS, Hyper, Mode, slots_of, state_key
+from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.program import Program, pack
+from ddpn_fx.passes.provenance import origin
+from ddpn_fx.passes.simulate import new_buffers, outputs
+from ddpn_fx.passes.update import Directions, Update, kept_or_new
+
+DIRECTION, GRADIENT, TOTALS = "direction", "gradient", "statistics"
+SUMMED = ("loss", "predicted_decrease", "clamps", "clipped")  # of the statistics; of the others the largest counts
+
+
+def sum_key(what: str, name: str) -> str:
+    """The key of a sum over parts in the optimiser state; no slot of a parameter is called like it."""
+    return f"sum/{what}/{name}"
+
+
+def empty_sums(program: Program, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What no part has added to yet, by key: directions, gradients where a metric is made of them, statistics."""
+    found: dict[str, Tensor] = {}
+    mode = program.mode
+    for name in program.trained:
+        like = params[name].detach()
+        zero = torch.zeros_like(like, dtype=accumulate_dtype(like.dtype))
+        if mode.preconditioner is not None:
+            frame = frame_of(mode.preconditioner, program.sites(params)[name], slots_of(name, state))
+            zero = zero if frame is None else torch.zeros_like(frame.into(zero))
+            found[sum_key(GRADIENT, name)] = zero.clone()
+        found[sum_key(DIRECTION, name)] = zero
+    first = next(iter(params.values()))
+    found[TOTALS] = torch.zeros(len(STATISTICS), dtype=accumulate_dtype(first.dtype), device=first.device)
+    return found
+
+
+class Part(Program):
+    """What one part adds to the step. Its state has the sums, and ``SHARE``, s_j."""
+
+    def step(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        leaves: Sequence[Any],
+        vector: Tensor,
+        state: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor, list[Tensor]]:
+        """As :meth:`Program.step`: no new parameters, new buffers, the sums with this part, the totals, outputs."""
+        hyper = Hyper.unpack(vector)
+        with self.kernels():
+            trajectory = self.simulate(params, buffers, leaves)
+            linear = self.backward(trajectory, hyper, state)
+            directions, _, statistics = self.feedback(trajectory, linear, hyper, state)
+        with origin({"role": "update"}):
+            sums = {sum_key(DIRECTION, n): d for n, d in directions.items()}
+            sums |= {sum_key(GRADIENT, n): d for n, d in linear.gradients.items()}
+            added = {key: state[key] + value.to(state[key].dtype) for key, value in sums.items()}
+            added[TOTALS] = _joined(state[TOTALS], statistics, state[SHARE])
+            moved = kept_or_new(statistics["skipped"], new_buffers(self.chain, trajectory).items(), buffers)
+            made = outputs(self.chain, trajectory)
+        return {}, moved, added, added[TOTALS].to(vector.dtype), made
+
+    def update(
+        self, params: Mapping[str, Tensor], linear: Linearization, hyper: Hyper, state: Mapping[str, Tensor]
+    ) -> Directions:
+        """Directions are kept for the finish."""
+        return Directions()
+
+
+class Finish(Program):
+    """The update of a step whose parts are all in. It takes no batch; the sums are empty again after it.
+
+    Args:
+        chain: the chain of a part.
+        mode: the structure of the step.
+    """
+
+    def __init__(self, chain: Chain, mode: Mode) -> None:
+        super().__init__(chain, mode, 0, ())
+
+    def reads(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The trained parameters."""
+        return tuple(self.trained), ()
+
+    def step(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        leaves: Sequence[Any],
+        vector: Tensor,
+        state: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor, list[Tensor]]:
+        """As :meth:`Program.step`: new parameters, no buffers, new state, the statistics of the step, no outputs."""
+        hyper = Hyper.unpack(vector)
+        update = self._update(params, hyper, state)
+        statistics = dict(zip(STATISTICS, state[TOTALS].unbind(), strict=True))
+        skipped = statistics["skipped"] > 0
+        for name in self.trained:
+            if sum_key(DIRECTION, name) not in state:
+                continue
+            with origin({"role": "update", "module_path": name}):
+                direction = state[sum_key(DIRECTION, name)]
+                change = update.take(name, direction)
+                if not self.mode.feedback:
+                    frame = update.frame_of(name)
+                    gradient = direction if frame is None else frame.out(direction)
+                    predicted = (gradient * change).sum().to(statistics["loss"].dtype)
+                    statistics["predicted_decrease"] = statistics["predicted_decrease"] - predicted
+        with origin({"role": "update"}):
+            new_params = kept_or_new(skipped, ((n, params[n] + d) for n, d in update.changes.items()), params)
+            new_state = kept_or_new(skipped, update.new_state.items(), state)
+            sums = [k for k in state if k == TOTALS or k.startswith("sum/")]
+            new_state |= {k: torch.zeros_like(state[k]) for k in sums}
+            packed = pack(statistics, vector.dtype)
+        return new_params, {}, new_state, packed, []
+
+    def _update(self, params: Mapping[str, Tensor], hyper: Hyper, state: Mapping[str, Tensor]) -> Update:
+        """What takes the directions in, with the metrics of the whole batch."""
+        mode, frames, metrics, kept = self.mode, {}, {}, {}
+        preconditioner = mode.preconditioner
+        dtypes = {accumulate_dtype(params[n].dtype) for n in self.trained}
+        work = torch.float64 if torch.float64 in dtypes else torch.float32
+        for name in self.trained if preconditioner is not None else ():
+            site, slots = self.sites(params)[name], slots_of(name, state)
+            with origin({"role": "metric", "module_path": name}):
+                frame, direction = frame_of(preconditioner, site, slots), state[sum_key(GRADIENT, name)]
+                if frame is None:
+                    direction = direction.to(params[name].dtype)
+                else:
+                    frames[name] = frame
+                g = self.group[name]
+                if mode.decay[g] and not mode.decoupled:
+                    value = params[name] if frame is None else frame.into(params[name])
+                    direction = direction + hyper.weight_decay[g] * value
+                moment = Moment(site, direction, state["step"] + 1, work, None)
+                metrics[name], new = preconditioner.metric(moment, slots)
+                kept |= {state_key(slot, name): t for slot, t in new.items()}
+        return Update(mode, params, hyper, state, frames, metrics, kept)
+
+
+def _joined(totals: Tensor, statistics: Mapping[str, Tensor], share: Tensor) -> Tensor:
+    """The totals of a step's statistics with one more part's."""
+    found = []
+    for name, old in zip(STATISTICS, totals.unbind(), strict=True):
+        new = statistics[name].to(old.dtype)
+        new = new * share if name == "loss" else new
+        found.append(old + new if name in SUMMED else torch.maximum(old, new))
+    return torch.stack(found)
