@@ -134,7 +134,8 @@ def graphs(net: CompiledModule) -> dict[str, fx.GraphModule]:
 
     ``captured`` (in normal form), ``stage0`` ..., and of each compiled step ``simulate``, ``backward``,
     ``feedback`` and ``step`` (the fused program), numbered from the second on; where the usual loop has run, the
-    halves of that program too: ``to_output`` and ``from_gradient``.
+    halves of that program too: ``to_output`` and ``from_gradient``. Where the batch comes in parts, ``step`` is what is
+    done with one, and ``finish`` the update.
     """
     return {name: module for name, (module, _) in graphs_with_inputs(net, evaluate=False).items()}
 
@@ -164,6 +165,9 @@ def graphs_with_inputs(
             found[name + suffix] = pair
         if lowered.module is not None:
             found["step" + suffix] = (lowered.module, flat)
+        finish = lowered.finish
+        if finish is not None and finish.module is not None and all(finish.module is not m for m, _ in found.values()):
+            found["finish" + suffix] = (finish.module, finish.sample(*named))
         if "halves" in lowered.__dict__ and lowered.halves is not None:  # the usual loop has run by them
             first, second = lowered.halves.first, lowered.halves.second
             given = [flat[i] for i in first.inputs]

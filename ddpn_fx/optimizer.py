@@ -79,11 +79,15 @@ class DDPNOpt(Optimizer):
             direction. One of the two must be set. None: the metric's own, True in ``"eigen-factored"`` with a beta1 and
             False in the others.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
-        accumulate: how many parts the batch of a step comes in, so that memory is for one part at a time: ``train_step``
-            cuts its batch, the usual loop has so many ``backward()`` before a ``step()``, each of its loss divided by
-            this number (:ref:`parts`). No group of the coupling reaches beyond a part.
-        process_group: of torch.distributed: the batch is what all its processes have, whose losses are averaged, and
-            each process's is a part. They begin with the first one's weights. None: this process alone.
+        accumulate: how many parts the batch of a step comes in, one after another, so that memory is for one at a time:
+            ``train_step`` cuts its batch; the usual loop has so many ``backward()`` before a ``step()``, each of its
+            loss divided by this number. A part reacts to what those before it will change
+            (:mod:`ddpn_fx.passes.parts`). For the one solve of the defaults, or ``feedback=False``: quu, rollout, gain,
+            trust and tikhonov as they are, any coupling, and a metric that is made of the gradient (not the Kronecker
+            ones).
+        process_group: of torch.distributed: each process has a batch of its own, the directions of all are averaged,
+            and the weights stay the same everywhere; they begin as the first process's. It takes what ``accumulate``
+            takes. None: this process alone.
         cg_iterations: solve by so many conjugate gradients, without K and without per-sample gradients, for large
             batches; None: dense. For the one system of the defaults: coupling ``"batch"``, ``quu`` and ``rollout`` as
             they are, gain 1 (a number), no trust, no tikhonov. Per-sample gradients are formed of biases and scales,

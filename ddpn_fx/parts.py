@@ -45,6 +45,7 @@ class Parts:
         self.count, self.group, self.taken = count, group, 0
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self.lowered: Lowered | None = None
+        self._lost = False
         self._sums: dict[str, Tensor] = {}
 
     def of(self, program: Program, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,7 +61,6 @@ class Parts:
 
     def has(self, share: float | Tensor) -> None:
         """Set the share that the next part has of this process's batch."""
-        share = share / self.ranks
         if isinstance(share, Tensor):
             self._sums[SHARE].copy_(share.reshape(()))
         else:
@@ -76,11 +76,7 @@ class Parts:
 
     def lose(self) -> None:
         """One more part is in, of whose loss nothing finite is known: no step is made of its fellows either."""
-        self.taken += 1
-        if TOTALS in self._sums:
-            always = torch.ones((), dtype=torch.bool, device=self._sums[TOTALS].device)
-            self.note("loss", math.nan, always)
-            self.note("skipped", 1.0, always)
+        self.taken, self._lost = self.taken + 1, True
 
     def finish(self) -> Lowered | None:
         """The update that the present step ends in, for the sums of all processes; None where no part had a loss.
@@ -88,7 +84,7 @@ class Parts:
         Raises:
             RuntimeError: no part of this process had one, and other processes wait for it.
         """
-        self.taken = 0
+        self.taken, lost, self._lost = 0, self._lost, False
         if self.lowered is None:
             if self.group is not None:
                 raise RuntimeError(
@@ -96,6 +92,10 @@ class Parts:
                     "to take its part in; look at the data and the initial weights"
                 )
             return None
+        if lost:
+            always = torch.ones((), dtype=torch.bool, device=self._sums[TOTALS].device)
+            self.note("loss", math.nan, always)
+            self.note("skipped", 1.0, always)
         self._reduce()
         return self.lowered.finish
 
@@ -114,7 +114,7 @@ class Parts:
             raise
 
     def _drop(self) -> None:
-        self.taken = 0
+        self.taken, self._lost = 0, False
         with torch.no_grad():
             for key, t in self._sums.items():
                 if key != SHARE:
@@ -124,7 +124,6 @@ class Parts:
         """Join the sums of all processes, each of which is at the end of the same step."""
         if self.group is None:
             return
-        summed = torch.tensor([name in SUMMED for name in STATISTICS], device=self._sums[TOTALS].device)
         totals, largest = self._sums[TOTALS], self._sums[TOTALS].clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         joined = [t for key, t in self._sums.items() if key != SHARE]
@@ -132,12 +131,15 @@ class Parts:
             tensors = list(alike)
             flat = torch.cat([t.reshape(-1) for t in tensors])
             dist.all_reduce(flat, group=self.group)
+            flat.div_(self.ranks)
             pieces = flat.split([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [p.view(t.shape) for p, t in zip(pieces, tensors, strict=True)])
-        totals.copy_(torch.where(summed, totals, largest))
+        for i, name in enumerate(STATISTICS):
+            if name not in SUMMED:
+                totals[i].copy_(largest[i])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "taken": 0, "lowered": None, "_sums": {}}
+        return {**self.__dict__, "taken": 0, "lowered": None, "_lost": False, "_sums": {}}
 
     def agree(self, tensors: Sequence[Tensor]) -> None:
         """Take the first process's values of tensors, in which rounding may have set the processes apart."""

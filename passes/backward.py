@@ -28,7 +28,7 @@ from ddpn_fx.passes.ir import Chain, Stage
 from ddpn_fx.passes.iterative import Vector, conjugate_gradients
 from ddpn_fx.passes.linearize import pullback
 from ddpn_fx.passes.metric import Metric, Moment, sites
-from ddpn_fx.passes.mode import SHARE, Hyper, Mode, slots_of, state_key
+from ddpn_fx.passes.mode import DIRECTION, SHARE, Hyper, Mode, slots_of, state_key, sum_key
 from ddpn_fx.passes.numeric import accumulate_dtype, real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
@@ -313,17 +313,28 @@ class _Recursion:
         return linear.weight.new_zeros(blocks.count, blocks.size, blocks.size) if gram is None else gram
 
     def _decay(self, stage: Stage) -> Tensor | None:
-        """v_t of one stage; None where nothing decays."""
+        """v_t of one stage, of weight decay and of the parts before; None where nothing pulls."""
         linear, hyper = self.linear, self.hyper
-        decay: Tensor | None = None
+        found: Tensor | None = None
         for gamma in linear.gammas.of(self.controls[stage.index]):
-            if self._decays(gamma.name):
-                g = self.group[gamma.name]
+            pull = self._pull(gamma.name)
+            if pull is not None:
                 with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
-                    term = self._reaction(gamma, linear.framed(gamma.name, self.params[gamma.name]))
-                    term = linear.blocks.columns_of(hyper.lr[g] * hyper.weight_decay[g] * term)
-                    decay = term if decay is None else decay + term
-        return decay
+                    term = hyper.lr[self.group[gamma.name]] * self._reaction(gamma, pull)
+                    term = linear.blocks.columns_of(term)
+                    found = term if found is None else found + term
+        return found
+
+    def _pull(self, name: str) -> Tensor | None:
+        """The part of a parameter's direction that does not depend on omega, in the parameter's frame."""
+        decays = self.hyper.weight_decay[self.group[name]] * self._value(name) if self._decays(name) else None
+        if self.linear.share is None or self.mode.coupling == "sample":
+            return decays
+        before = self.state[sum_key(DIRECTION, name)]
+        return before if decays is None else decays + before
+
+    def _value(self, name: str) -> Tensor:
+        return self.linear.framed(name, self.params[name])
 
     def _mapped(self, vector: Tensor, known: Mapping[str, Tensor] = MappingProxyType({})) -> Vector:
         """A vector (G, n) of one block with sum K v, without K, and Gamma v, of which some may be known."""

@@ -13,7 +13,6 @@ from ddpn_fx.passes.metric import Preconditioner
 
 AVERAGES = ("exp_avg", "momentum_buffer")  # torch.optim's names of what is kept of directions
 STATISTICS = ("loss", "predicted_decrease", "max_y", "clamps", "clipped", "skipped", "fault")
-SHARE = "share"  # key of a part's share of the batch in the optimiser state (ddpn_fx.passes.parts)
 # Values of the "fault" statistic.
 FAULT_FLOOR = 1.0
 FAULT_MIXING = 2.0
@@ -65,6 +64,15 @@ def state_key(slot: str, name: str) -> str:
 def slots_of(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one parameter in the optimiser state, by slot."""
     return {k.partition("/")[0]: t for k, t in state.items() if k.partition("/")[2] == name}
+
+
+# What a step in parts keeps beside (ddpn_fx.passes.parts): the share of the part at hand, and sums over those before.
+SHARE, DIRECTION, GRADIENT = "share", "direction", "gradient"
+
+
+def sum_key(what: str, name: str) -> str:
+    """The key of a sum over parts; no slot of a parameter is called like it."""
+    return f"sum/{what}/{name}"
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,32 @@
-"""Parts: a step whose batch comes in parts, one after another or on several machines.
+"""Parts: a step whose batch comes in parts, one after another or side by side on several machines.
 
-The batch is the union of its parts, ``J = sum_j s_j J_j`` with s_j the share of part j (1/n of n equal ones), and no
-group of the coupling (DESIGN 2.2) reaches beyond a part. So K between parts is zero, each part solves its own system
-with ``w_i s_j`` for the weights of its samples, and
+``J = sum_j s_j J_j`` with s_j the share of part j (1/n of n equal ones). A part's program works out its own
+``d_j = Gamma_j omega_j`` and adds it to what the parts before have left; the finish is the update,
 
-    du = -eta M^-1 ( sum_j Gamma_j omega_j + wd u ).
+    du = -eta M^-1 ( sum_j d_j + wd u ).
 
-A part's program works out ``Gamma_j omega_j`` and adds it to what the parts before have left; the finish is the
-update. Of the activations and cotangents of a part nothing is left when the next one comes: so the memory is that of
-one part, and over the wire goes what SGD's gradient takes.
+Of the activations and cotangents of a part nothing is left when the next one comes: so the memory is that of one part.
 
-M is that of the whole batch in the update. It is made of ``sum_j Gamma_j b_j`` and so is not there yet when a part
-needs it for its K: there M is what the part alone would make it, were it the batch. Of a moving average that is
-nearly the same, and a part of larger gradients than the whole has is damped less, but makes a smaller step.
+Parts that come one after another solve the one system of the whole batch, block by block. Part j knows what the parts
+before it have done, and reacts to it as to weight decay, by its own ``Gamma_j^T`` of it:
+
+    y_T = -eta ( K_jj omega_j + Gamma_j^T M^-1 ( sum_{i<j} d_i + wd u ) ),     w_i s_j for the weights of its samples.
+
+This is one sweep of block Gauss-Seidel on ``C_T^-1 + eta K``. Without the reaction (block Jacobi, as groups of a
+coupling solve) each of n parts would move what all samples share as if it were alone, n times too far. What it leaves
+out is what the later parts do to a sample. It costs one product with the weights, as a forward pass has it.
+
+Parts side by side, on several processes, know nothing of each other in time. There each process takes its own parts for
+the batch, and the directions are averaged, as gradients are: shared moves come out right, and a process reacts to its
+own samples alone. Over the wire goes what SGD's gradient takes, and twice that where a metric is made of it.
+
+M is that of the whole batch in the update. It is made of the sum of ``Gamma_j b_j`` and so is not there yet when a part
+needs it for its K: there M is what the part alone would make it, were it the batch. Of a moving average that is nearly
+the same.
 
 With one part this is the step of :class:`~ddpn_fx.passes.program.Program`. Only the folded solve and the open loop
-come in parts: in any other, a stage's policy reacts to what the stages before it did to the whole batch.
+come in parts: in any other, a stage's policy reacts to what the stages before it did to the whole batch. With coupling
+``"sample"`` a sample reacts to itself alone, and in parts as in the whole.
 """
 
 from __future__ import annotations
@@ -30,20 +41,15 @@ from ddpn_fx.passes.backward import Linearization
 from ddpn_fx.passes.frame import frame_of
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.metric import Moment
-from ddpn_fx.passes.mode import SHARE, STATISTICS, Hyper, Mode, slots_of, state_key
+from ddpn_fx.passes.mode import DIRECTION, GRADIENT, SHARE, STATISTICS, Hyper, Mode, slots_of, state_key, sum_key
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program, pack
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import new_buffers, outputs
 from ddpn_fx.passes.update import Directions, Update, kept_or_new
 
-DIRECTION, GRADIENT, TOTALS = "direction", "gradient", "statistics"
+TOTALS = "statistics"  # the key of the sums of a step's statistics
 SUMMED = ("loss", "predicted_decrease", "clamps", "clipped")  # of the statistics; of the others the largest counts
-
-
-def sum_key(what: str, name: str) -> str:
-    """The key of a sum over parts in the optimiser state; no slot of a parameter is called like it."""
-    return f"sum/{what}/{name}"
 
 
 def empty_sums(program: Program, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,7 +70,7 @@ def empty_sums(program: Program, params: Mapping[str, Tensor], state: Mapping[st
 
 
 class Part(Program):
-    """What one part adds to the step. Its state has the sums, and ``SHARE``, s_j."""
+    """What one part adds to the step. Its state has the sums over the parts before it, and ``SHARE``, s_j."""
 
     def step(
         self,

@@ -23,6 +23,7 @@ out. Tensors over k are stored with k first, so Z_t is (N, D_t) and Gamma_t is (
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -575,6 +576,8 @@ def step(
     noise: Tensor | None = None,
     metric: Metric | None = None,
     moments: str = "gradient",
+    share: float = 1.0,
+    before: Params | None = None,
 ) -> Result:
     """One step of DDPNOpt: simulate, backward, feedback (DESIGN 2.2, 2.3).
 
@@ -583,6 +586,10 @@ def step(
 
     metric: M of one parameter from its columns and V_x, dense: `metric(name, u, G, c) -> (m, m)` with G (N, m) and
     V_x = sum_k c_k z_k, c (N,), weighted as in du; None: the identity. moments: c of b_T or ("value") of b_{t+1}.
+
+    share: s, where the batch is a part of a larger one, of whose loss it has so much: J and the w_i are s times as
+    large. The metric is that of the part by itself, so its c is without s. before: the direction that the parts before
+    it have given, by parameter, to whose change it reacts as to that of weight decay.
 
     With tikhonov, the policy of stage t uses C_{t+1} as it is after the term was added, and its own C_t before.
     """
@@ -596,6 +603,7 @@ def step(
     trajectory = simulate(stages, params, x0)
     x_T = output_of(trajectory.states[-1])
     terminal = terminal_model(x_T.detach(), target, loss, settings, noise)
+    terminal.J, terminal.w = share * terminal.J, share * terminal.w
     B, _, r = terminal.S.shape
     N = B * r
     Z, uses = cotangents(trajectory, terminal.S)
@@ -611,11 +619,13 @@ def step(
         eta_K, pull = torch.zeros(N, N).double(), torch.zeros(N).double()
         for name, G in zip(stages[t].controls, Gamma[t], strict=True):
             u, eta = params[name].flatten(), _of(settings.lr, name)
-            M = torch.eye(u.numel()).double() if metric is None else metric(name, params[name], G, c)
+            M = torch.eye(u.numel()).double() if metric is None else metric(name, params[name], G, c / share)
             inverse[name] = torch.linalg.inv(M)
             eta_K += eta * G @ inverse[name] @ G.T
             if not settings.decoupled:
                 pull += G @ inverse[name] @ (eta * _of(settings.weight_decay, name) * u)
+            if before is not None:
+                pull += G @ inverse[name] @ (eta * before[name].flatten())
         return eta_K * same_group, pull
 
     # backward
@@ -711,6 +721,73 @@ def step(
         in_du=in_du,
         inverse=inverse,
         controls=[stage.controls for stage in stages],
+    )
+
+
+@dataclass
+class Whole:
+    """One step on a batch in parts: what a Result says of it. The largest |y| is over all parts."""
+
+    loss: Tensor
+    params: Params
+    du: Params
+    buffers: Params
+    predicted_decrease: Tensor
+    max_y: Tensor
+    clamps: int
+
+
+def step_in_parts(
+    stages: Sequence[Stage],
+    params: Params,
+    ranks: Sequence[Sequence[tuple[State, Tensor]]],
+    loss: Loss,
+    settings: Settings,
+    *,
+    buffers: Params | None = None,
+    steps_done: int = 0,
+    metric: Metric | None = None,
+) -> Whole:
+    """One step on a batch in parts, (x0, target): those of a rank one after another, the ranks side by side.
+
+    J of a rank is the mean of its parts' losses, weighted by their samples. A part has a system of its own, and reacts
+    to what the parts before it have done: with d_j = Gamma_j omega_j, the direction of those before it is sum_i<j d_i,
+    which moves its y_T by -eta Gamma_j^T M^-1 of it (not for "sample": there a sample reacts to itself alone). J of the
+    batch is the mean over the ranks, and so is the direction, du = -eta M^-1 (mean over ranks of sum_j d_j + wd u).
+    M is made of the columns of all parts; in K of a part it is what the part's own make it, from what was kept before.
+    """
+    params = {name: _double(u) for name, u in params.items()}
+    results, sums, columns = [], {}, {name: [] for name in params}
+    for parts in ranks:
+        sizes, before = [len(target) for _, target in parts], {name: torch.zeros_like(u) for name, u in params.items()}
+        for (x0, target), size in zip(parts, sizes, strict=True):
+            seen = None if settings.coupling == "sample" else before
+            options = {"share": size / sum(sizes), "metric": copy.deepcopy(metric), "before": seen}
+            found = step(stages, params, x0, target, loss, settings, **options)
+            results.append(found)
+            before = dict(before)
+            for t, stage in enumerate(stages):
+                own = found.Gamma[t].split([params[name].numel() for name in stage.controls], 1)
+                for name, G in zip(stage.controls, own, strict=True):
+                    before[name] = before[name] + (G.T @ (found.in_du * found.omega[t])).reshape(params[name].shape)
+                    columns[name].append((G, found.in_du * found.b[-1] / len(ranks)))
+        sums = {name: sums.get(name, 0) + d / len(ranks) for name, d in before.items()}
+    buffers = {name: _double(buffer) for name, buffer in (buffers or {}).items()}
+    controls, du = dict(params), {name: torch.zeros_like(u) for name, u in params.items()}
+    for name in [name for stage in stages for name in stage.controls]:
+        u, (G, c) = params[name], map(torch.cat, zip(*columns[name], strict=True))
+        M = torch.eye(u.numel()).double() if metric is None else metric(name, u, G, c)
+        du[name] = update(name, u, sums[name], torch.linalg.inv(M), buffers, steps_done + 1, settings)
+        controls[name] = u + du[name]
+    open_loop = -sum((sums[name] * du[name]).sum() for name in params)
+    return Whole(
+        loss=sum(r.loss for r in results) / len(ranks),
+        params=controls,
+        du=du,
+        buffers=buffers,
+        predicted_decrease=sum(r.predicted_decrease for r in results) / len(ranks) if settings.feedback else open_loop,
+        max_y=torch.stack([r.max_y for r in results]).max(),
+        clamps=sum(r.clamps for r in results),
     )
 
 
