@@ -209,9 +209,9 @@ class Calls:
             raise none_came()
         if count > 1:
             raise RuntimeError(
-                f"DDPNOpt.step: {count} backward passes since the last step. If they are of one batch in {count} parts, "
-                f"each of its loss divided by {count}, make the optimizer with accumulate={count}; or join them into "
-                "one batch (torch.cat); or call opt.step() after each, or opt.zero_grad() to drop those before"
+                f"DDPNOpt.step: {count} backward passes since the last step. For one batch in parts, each of its loss "
+                f"divided by {count}, make the optimizer with accumulate={count}; or join them into one batch "
+                "(torch.cat); or call opt.step() after each, or opt.zero_grad() to drop those before"
             )
         return waiting[0]
 

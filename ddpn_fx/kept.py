@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -59,26 +58,30 @@ class Kept:
         found = program.sites(params)
         return [(found[name], state[params[name]]) for name in program.trained]
 
-    def refresh(self, program: Program, members: Sequence[tuple[Site, dict[str, Any]]]) -> None:
-        """The preconditioner's work outside the step, after a step, on what :meth:`members` has found."""
+    def refresh(
+        self,
+        program: Program,
+        members: Sequence[tuple[Site, dict[str, Any]]],
+        agree: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
+        """The preconditioner's work outside the step, after a step, on what :meth:`members` has found.
+
+        What it writes, ``agree`` is given, where other processes have to have the same.
+        """
         preconditioner = program.mode.preconditioner
         if preconditioner is None:
             return
         self.taken += 1
+        tensors = [t for _, slots in members for t in slots.values() if isinstance(t, Tensor)] if agree else []
+        before = [t._version for t in tensors]
         refresh_all = getattr(preconditioner, "refresh_all", None)
         if refresh_all is not None:
             refresh_all(members, self.taken)
-            return
-        for site, slots in members:
-            preconditioner.refresh(site, slots, self.taken)
-
-    @contextmanager
-    def renewed(self, members: Sequence[tuple[Site, dict[str, Any]]], agree: Callable[[list[Tensor]], None]) -> Iterator[None]:
-        """Have what is written to the state in between handed to ``agree``."""
-        tensors = [t for _, slots in members for t in slots.values() if isinstance(t, Tensor)]
-        before = [t._version for t in tensors]
-        yield
-        agree([t for t, version in zip(tensors, before, strict=True) if t._version != version])
+        else:
+            for site, slots in members:
+                preconditioner.refresh(site, slots, self.taken)
+        if agree:
+            agree([t for t, version in zip(tensors, before, strict=True) if t._version != version])
 
     def load(self, count: Any, params: Mapping[str, Tensor]) -> None:
         """Take a saved count of steps, or None."""

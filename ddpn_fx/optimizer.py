@@ -28,12 +28,12 @@ from ddpn_fx.options import (
     number,
     of_the_metric,
 )
+from ddpn_fx.parts import parts_of
 from ddpn_fx.passes.lower import Lowered
 from ddpn_fx.passes.metric import Preconditioner
 from ddpn_fx.passes.mode import FAULT_TARGET, STATISTICS, Hyper
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
-from ddpn_fx.parts import parts_of
 from ddpn_fx.programs import program_for
 from ddpn_fx.ready import Given, Ready, entries_of, normal
 from ddpn_fx.structure import refuse_iterations, refuse_parts, structure_of
@@ -325,8 +325,7 @@ class DDPNOpt(Optimizer):
             program = ready.lowered.program
             with full_precision(ready.params):
                 values = ready.run(Given((), None), self._hyper_vector(ready.params))
-            with self._kept.renewed(ready.members, parts.agree):
-                self._kept.refresh(program, ready.members)
+            self._kept.refresh(program, ready.members, parts.agree)
         return self._taken(values, program, checked=checked)
 
     def _run(
@@ -440,9 +439,7 @@ class DDPNOpt(Optimizer):
             ready = self._ready[key] = self._bound(lowered, dict(self.net.named_parameters(remove_duplicate=False)), {})
         return ready
 
-    def _bound(
-        self, lowered: Lowered, params: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]
-    ) -> Ready:
+    def _bound(self, lowered: Lowered, params: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]) -> Ready:
         state = self._state_of(lowered.program, params)
         kept = [self.state, *(self.state[p] for p in params.values() if p in self.state)]
         members = self._kept.members(lowered.program, self.state, params)
@@ -451,8 +448,9 @@ class DDPNOpt(Optimizer):
 
     def _state_of(self, program: Program, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a program reads and writes beside weights and buffers."""
-        state = self._kept.of(program, self.state, params)
-        return state if self._parts is None else state | self._parts.of(program, params, state)
+        with full_precision(params):  # what is turned here is kept
+            state = self._kept.of(program, self.state, params)
+            return state if self._parts is None else state | self._parts.of(program, params, state)
 
     def _new_vector(self, like: Tensor) -> Tensor:
         return torch.tensor(self._numbers(), dtype=accumulate_dtype(like.dtype)).to(like.device, non_blocking=True)

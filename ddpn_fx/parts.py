@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,7 +142,7 @@ class Parts:
         return {**self.__dict__, "taken": 0, "lowered": None, "_lost": False, "_sums": {}}
 
     def agree(self, tensors: Sequence[Tensor]) -> None:
-        """Take the first process's values of tensors, in which rounding may have set the processes apart."""
+        """Take the first process's values of tensors: rounding may have set the processes apart."""
         if self.group is not None:
             for t in tensors:
                 dist.broadcast(t, group=self.group, group_src=0)
@@ -158,7 +158,7 @@ class Parts:
         leaves, spec = pytree.tree_flatten((args, kwargs, targets))
         bounds = [batch * k // count for k in range(count + 1)]
         found = []
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             cut = [
                 t[start * len(t) // batch : stop * len(t) // batch] if batched else t
                 for t, batched in zip(leaves, chain.captured.batched, strict=True)

@@ -111,7 +111,7 @@ class UsualLoop:
         return _returned(outputs)
 
     def step(self, opt: DDPNOpt) -> None:
-        """One step on the call that the gradient has come back to; on the parts since the last, with ``accumulate=``."""
+        """One step on the call that the gradient has come back to; or on the parts since the last step."""
         parts = opt._parts
         if parts is None:
             self.ends_in_step, call = True, self.calls.take()

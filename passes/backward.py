@@ -185,10 +185,9 @@ def _terminal(
         # loss's weights anew for every entry of a matrix over samples.
         parts = torch.stack([curved, factors.beta * factors.curved, free]).unbind()
         terminal = bellman.Terminal(*(blocks.columns_of(t) for t in parts))
-        return Linearization(
-            *(gammas, [], blocks, terminal, outside, factors.S),
-            **{"clamps": factors.clamps, "fault": factors.fault, "share": share},
-        )
+        found = Linearization(gammas, [], blocks, terminal, outside, factors.S, share=share)
+        found.clamps, found.fault = factors.clamps, factors.fault
+        return found
 
 
 class _Recursion:

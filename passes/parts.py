@@ -38,9 +38,9 @@ import torch
 from torch import Tensor
 
 from ddpn_fx.passes.backward import Linearization
-from ddpn_fx.passes.frame import frame_of
+from ddpn_fx.passes.frame import Frame, frame_of
 from ddpn_fx.passes.ir import Chain
-from ddpn_fx.passes.metric import Moment
+from ddpn_fx.passes.metric import Metric, Moment
 from ddpn_fx.passes.mode import DIRECTION, GRADIENT, SHARE, STATISTICS, Hyper, Mode, slots_of, state_key, sum_key
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program, pack
@@ -131,8 +131,6 @@ class Finish(Program):
         statistics = dict(zip(STATISTICS, state[TOTALS].unbind(), strict=True))
         skipped = statistics["skipped"] > 0
         for name in self.trained:
-            if sum_key(DIRECTION, name) not in state:
-                continue
             with origin({"role": "update", "module_path": name}):
                 direction = state[sum_key(DIRECTION, name)]
                 change = update.take(name, direction)
@@ -151,7 +149,10 @@ class Finish(Program):
 
     def _update(self, params: Mapping[str, Tensor], hyper: Hyper, state: Mapping[str, Tensor]) -> Update:
         """What takes the directions in, with the metrics of the whole batch."""
-        mode, frames, metrics, kept = self.mode, {}, {}, {}
+        mode = self.mode
+        frames: dict[str, Frame] = {}
+        metrics: dict[str, Metric] = {}
+        kept: dict[str, Tensor] = {}
         preconditioner = mode.preconditioner
         dtypes = {accumulate_dtype(params[n].dtype) for n in self.trained}
         work = torch.float64 if torch.float64 in dtypes else torch.float32

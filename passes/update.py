@@ -100,8 +100,6 @@ class Directions:
         self.changes[name] = direction
 
 
-def kept_or_new(
-    skipped: Tensor, new: Iterable[tuple[str, Tensor]], old: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def kept_or_new(skipped: Tensor, new: Iterable[tuple[str, Tensor]], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is after a step: the new values, or the old ones where it was skipped (0-d)."""
     return {name: torch.where(skipped, old[name], value) for name, value in new}

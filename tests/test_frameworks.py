@@ -31,10 +31,10 @@ def model():
     return nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
 
 
-def trained(net, opt, epochs, low=None):
+def trained(net, opt, epochs, low=None, size=60):
     """By train_step, on the batches of a loader that does not shuffle."""
     for _ in range(epochs):
-        for x, y in DataLoader(data(), batch_size=60):
+        for x, y in DataLoader(data(), batch_size=size):
             with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
                 opt.train_step(x, y)
     return net
@@ -107,6 +107,54 @@ def test_accelerate(precision):
     equal(trained(want, ddpn_fx.DDPNOpt(want), 2, low), net, 2e-2 if low else 1e-5)
 
 
+@needs("lightning")
+@needs("accelerate")
+@pytest.mark.parametrize("loop", ["lightning", "accelerate"])
+def test_accumulated_gradients(loop, tmp_path):
+    """Batches of 40 in parts of 20, each of its loss divided by two; the trainings take the loader of parts."""
+    net = ddpn_fx.compile(model(), loss=F.cross_entropy, backend="eager")
+    want = copy.deepcopy(net)
+    opt = ddpn_fx.DDPNOpt(net, accumulate=2)
+    (_by_lightning if loop == "lightning" else _by_accelerate)(net, opt, DataLoader(data(), batch_size=20), tmp_path)
+    equal(trained(want, ddpn_fx.DDPNOpt(want, accumulate=2), 2, size=40), net, 1e-5)
+    assert [kind is not None for kind in opt._usual._kinds.values()] == [True]
+
+
+def _by_lightning(net, opt, loader, folder):
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return opt
+
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    lightning.Trainer(max_epochs=2, default_root_dir=folder, accumulate_grad_batches=2, **options).fit(Module(), loader)
+
+
+def _by_accelerate(net, opt, loader, folder):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    ours, opt, loader = accelerator.prepare(net, opt, loader)
+    for _ in range(2):
+        for x, y in loader:
+            with accelerator.accumulate(ours):
+                accelerator.backward(F.cross_entropy(ours(x), y))
+                opt.step()
+                opt.zero_grad()
+
+
 def _language():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -129,8 +177,9 @@ def _classifier():
 
 @needs("transformers")
 @needs("accelerate")
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(("make", "low"), [(_language, False), (_language, True), (_classifier, False)])
-def test_the_trainer_of_transformers(make, low, tmp_path):
+def test_the_trainer_of_transformers(make, low, parts, tmp_path):
     """Which clips by default, and gives a language model the number of tokens to divide its loss by."""
     from accelerate.state import AcceleratorState
     from transformers import Trainer, TrainingArguments
@@ -139,8 +188,9 @@ def test_the_trainer_of_transformers(make, low, tmp_path):
     torch.manual_seed(0)
     theirs, rows = make()
     net = ddpn_fx.compile(theirs, backend="eager")
-    opt = ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored")
-    options = {"per_device_train_batch_size": 20, "num_train_epochs": 3, "use_cpu": True, "bf16": low}
+    opt = ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored", accumulate=parts)
+    options = {"per_device_train_batch_size": 20 // parts, "num_train_epochs": 3, "use_cpu": True, "bf16": low}
+    options |= {"gradient_accumulation_steps": parts}
     quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10}
     constant = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
     arguments = TrainingArguments(str(tmp_path), **options, **quiet)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def compare(name, settings, batch, count, *, backend=None, preconditioner=None, 
     net, opt, inputs, target = program(case(name), settings, backend=backend, batch=batch)
     opt = ddpn_fx.DDPNOpt(net, accumulate=count, preconditioner=preconditioner or "identity", **asdict(settings))
     bounds = [batch * k // count for k in range(count + 1)]
-    parts = [(tuple(x[i:j] for x in inputs), target[i:j]) for i, j in zip(bounds, bounds[1:], strict=False)]
+    parts = [(tuple(x[i:j] for x in inputs), target[i:j]) for i, j in pairwise(bounds)]
     params, buffers, metric = {n: p.detach().clone() for n, p in net.named_parameters()}, None, None
     if preconditioner is not None:
         metric = DENSE[type(preconditioner)](preconditioner, 0.0 if settings.decoupled else settings.weight_decay)
@@ -190,6 +191,24 @@ def test_calls_may_come_before_their_backward_passes():
         b.step()
         b.zero_grad()
     equal(one, other)
+
+
+def test_the_model_may_be_called_under_autocast():
+    """Which ends before the step, and is on again in the next call, where the last part is taken."""
+    one, other = (net_of().float() for _ in range(2))
+    a, b = (ddpn_fx.DDPNOpt(net, accumulate=2, preconditioner="eigen-factored") for net in (one, other))
+    for step in range(4):
+        x, y = batch(step)
+        x = x.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            a.train_step(x, y)
+        for own_x, own_y in zip(x.chunk(2), y.chunk(2), strict=True):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(other(own_x), own_y) / 2
+            loss.backward()
+        b.step()
+        b.zero_grad()
+        equal(one, other, 1e-5)
 
 
 class OwnLoss(nn.Module):
@@ -348,7 +367,7 @@ def test_several_backward_passes_without_it_say_so():
     opt = ddpn_fx.DDPNOpt(net)
     for own_x, own_y in zip(*(t.chunk(2) for t in batch()), strict=True):
         (F.cross_entropy(net(own_x), own_y) / 2).backward()
-    with pytest.raises(RuntimeError, match=r"2 backward passes.*each of its loss divided by 2.*accumulate=2"):
+    with pytest.raises(RuntimeError, match=r"2 backward passes.*one batch in parts.*accumulate=2"):
         opt.step()
     with pytest.raises(RuntimeError, match="no gradient has come back"):
         ddpn_fx.DDPNOpt(net_of(), accumulate=2).step()
@@ -427,7 +446,7 @@ def test_a_training_goes_on_where_it_was(how):
         b = ddpn_fx.DDPNOpt(other, accumulate=2, preconditioner="eigen-factored")
         other.load_state_dict(weight), b.load_state_dict(state)
     else:
-        b = copy.deepcopy(b) if how == "deepcopy" else pickle.loads(pickle.dumps(b))  # noqa: S301
+        b = copy.deepcopy(b) if how == "deepcopy" else pickle.loads(pickle.dumps(b))
         other = b.net
     for step in range(3, 6):
         x, y = batch(step)

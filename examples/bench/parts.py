@@ -1,4 +1,4 @@
-r"""A batch in parts (``accumulate=``, ``process_group=``): what it does to training, what it costs, what memory it takes.
+"""A batch in parts (``accumulate=``, ``process_group=``): what it does to training, and what it costs.
 
 A batch of 512 of CIFAR-10, target.py's CNN and 300 steps: the batch whole, in 2 to 16 parts one after another, and in 4
 parts side by side, in processes of their own; DDPNOpt at its defaults and in the metric "eigen-factored". Momentum's
