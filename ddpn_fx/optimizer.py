@@ -292,7 +292,8 @@ class DDPNOpt(Optimizer):
             if trouble is not None:
                 wrong, lost = trouble
                 values[STATISTICS.index("fault")].masked_fill_(wrong & ~lost, FAULT_TARGET)
-            self._kept.refresh(ready.lowered.program, ready.members)
+            with full_precision(ready.params):
+                self._kept.refresh(ready.lowered.program, ready.members)
         return self._taken(values, ready.lowered.program, checked=trouble is not None)
 
     def _take_part(
@@ -325,7 +326,7 @@ class DDPNOpt(Optimizer):
             program = ready.lowered.program
             with full_precision(ready.params):
                 values = ready.run(Given((), None), self._hyper_vector(ready.params))
-            self._kept.refresh(program, ready.members, parts.agree)
+                self._kept.refresh(program, ready.members, parts.agree)
         return self._taken(values, program, checked=checked)
 
     def _run(

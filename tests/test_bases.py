@@ -153,3 +153,16 @@ def test_inputs_that_are_always_zero_stop_no_training():
         losses.append(opt.train_step(x, x[:, :3] * 5 + 1))
         assert opt.stats["skipped"] == 0
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_bases_are_renewed_in_full_precision():
+    """Though autocast is on around the step: of bfloat16 they would be orthonormal to three digits."""
+    torch.manual_seed(0)
+    net = ddpn_fx.compile(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)), loss=F.cross_entropy,
+                          backend="eager")  # fmt: skip
+    opt = ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored")
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            opt.train_step(torch.randn(32, 6), torch.randint(0, 3, (32,)))
+    basis = opt.state[net[0].weight]["basis0"]
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[-1]).expand_as(basis), rtol=0, atol=1e-5)
