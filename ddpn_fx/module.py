@@ -35,7 +35,8 @@ from ddpn_fx.passes.pipeline import build_chain
 from ddpn_fx.sources import as_module
 
 _PREFIXES = ("_orig_mod.", "module.")
-_OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile", "_followers", "_plain")
+_OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile", "_followers", "_plain", "_in_ddp")
+_ASKED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # of a module that is being wrapped
 _PLAIN = (bool, int, float, str, type(None))
 _PLAIN_TYPES = frozenset(_PLAIN)
 REGISTRIES = frozenset(nn.Module().__dict__)
@@ -160,12 +161,14 @@ class CompiledModule(nn.Module):
 
     _followers: weakref.WeakSet[Any]  # optimizers
 
+    _in_ddp: bool  # whether torch.nn.parallel.DistributedDataParallel wraps it
+
     def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         # Nothing of nn.Module's own state: registries, hooks and flags are all the module's (see __getattr__).
         own = self.__dict__
         own["_original"], own["_options"] = model, dict(options)
         own["_chains"], own["_lowered"], own["_forward"], own["_volatile"] = {}, {}, None, frozenset()
-        own["_followers"] = weakref.WeakSet()
+        own["_followers"], own["_in_ddp"] = weakref.WeakSet(), False
         own["forward"] = own["_plain"] = signed(self, model)
 
     # -- what ddpn_fx adds -------------------------------------------------------------------------
@@ -348,6 +351,8 @@ class CompiledModule(nn.Module):
         return "CompiledModule"
 
     def __getattr__(self, name: str) -> Any:
+        if name == _ASKED_BY_DDP:
+            self.__dict__["_in_ddp"] = True
         return getattr(self.__dict__["_original"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -28,7 +28,7 @@ from ddpn_fx.options import (
     number,
     of_the_metric,
 )
-from ddpn_fx.parts import parts_of
+from ddpn_fx.parts import parts_of, refuse_unshared
 from ddpn_fx.passes.lower import Lowered
 from ddpn_fx.passes.metric import Preconditioner
 from ddpn_fx.passes.mode import FAULT_TARGET, STATISTICS, Hyper
@@ -423,6 +423,7 @@ class DDPNOpt(Optimizer):
 
     def _make_ready(self, inputs: Any, target: Any) -> Ready:
         """The program for such a batch, with all that it runs on."""
+        refuse_unshared(self)
         net = self.net
         own_loss = net._options["loss"] is None
         args, kwargs, targets, batch = split_batch("DDPNOpt.train_step", inputs, target, own_loss=own_loss)

@@ -7,6 +7,7 @@ where the sums are until the step is finished, how a batch is cut, and what goes
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, pairwise
@@ -193,3 +194,26 @@ def parts_of(net: nn.Module, accumulate: Any, group: Any) -> Parts | None:
     with torch.no_grad():
         found.agree([t.detach() for t in (*net.parameters(), *net.buffers())])
     return found
+
+
+def refuse_unshared(opt: DDPNOpt) -> None:
+    """Refuse a step that would not know of the other processes of DistributedDataParallel; warn of other ones.
+
+    Raises:
+        RuntimeError: the model is in DistributedDataParallel, and each process would train weights of its own.
+    """
+    if opt._parts is not None and opt._parts.group is not None:
+        return
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    way = "make the optimizer with process_group=torch.distributed.group.WORLD"
+    if opt.net._in_ddp:
+        raise RuntimeError(
+            "DDPNOpt.step: the model is in DistributedDataParallel, which averages gradients that the step does not "
+            f"read; {way}, which averages what it does"
+        )
+    warnings.warn(
+        f"DDPNOpt: torch.distributed has {dist.get_world_size()} processes, and each trains weights of its own; if "
+        f"they are to be the same, {way}",
+        stacklevel=2,
+    )

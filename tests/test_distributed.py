@@ -48,9 +48,13 @@ def own(rank, inputs, target):
 
 
 def train(rank, options, loop, backend):
-    """A training with other initial weights in each process; the statistics and weights after each step."""
+    """A training with other initial weights in each process; the statistics and weights after each step.
+
+    "wrapped" is the usual loop with the model in DistributedDataParallel, as frameworks have it.
+    """
     net = ddpn_fx.compile(case("mlp-tanh").model(rank), loss=F.cross_entropy, backend=backend)
     opt = ddpn_fx.DDPNOpt(net, process_group=dist.group.WORLD, **options)
+    called = nn.parallel.DistributedDataParallel(net) if loop == "wrapped" else net
     found = []
     for inputs, target in batches():
         inputs, target = own(rank, inputs, target)
@@ -60,7 +64,7 @@ def train(rank, options, loop, backend):
             count = options.get("accumulate", 1)
             for k in range(count):
                 part = slice(k * SAMPLES // count, (k + 1) * SAMPLES // count)
-                (F.cross_entropy(net(*(x[part] for x in inputs)), target[part]) / count).backward()
+                (F.cross_entropy(called(*(x[part] for x in inputs)), target[part]) / count).backward()
             opt.step()
             opt.zero_grad()
         state = {n: dict(opt.state[p]) for n, p in net.named_parameters() if p in opt.state}
@@ -75,8 +79,9 @@ def train(rank, options, loop, backend):
         ({"accumulate": 2, "lr": 0.3, "momentum": 0.9, "weight_decay": 0.05}, "usual", "inductor"),
         ({"preconditioner": EIGEN, "lr": 0.05, "accumulate": 2}, "train_step", "inductor"),
         ({"preconditioner": EIGEN, "lr": 0.05, "beta1": 0.9, "nesterov": True}, "usual", "eager"),
+        ({"preconditioner": EIGEN, "lr": 0.05}, "wrapped", "eager"),
     ],
-    ids=("default", "accumulated", "metric, accumulated", "metric"),
+    ids=("default", "accumulated", "metric, accumulated", "metric", "wrapped"),
 )
 def test_the_step_is_the_oracles(options, loop, backend, tmp_path):
     found = spawned(train, tmp_path, options, loop, backend)
@@ -166,3 +171,31 @@ def test_all_begin_as_the_first(tmp_path):
     assert one["1.running_mean"].eq(0).all()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+def alone_in_ddp(rank):
+    net = ddpn_fx.compile(case("mlp-tanh").model(0), loss=F.cross_entropy, backend="eager")
+    opt = ddpn_fx.DDPNOpt(net)
+    called = nn.parallel.DistributedDataParallel(net)
+    inputs, target = own(rank, *batches()[0])
+    before = copy.deepcopy(net.state_dict())
+    F.cross_entropy(called(*inputs), target).backward()
+    with pytest.raises(RuntimeError, match=r"DistributedDataParallel.*process_group=torch.distributed.group.WORLD"):
+        opt.step()
+    return all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_processes_that_would_part_are_refused(tmp_path):
+    assert spawned(alone_in_ddp, tmp_path) == [True, True]
+
+
+def alone(rank):
+    net = ddpn_fx.compile(case("mlp-tanh").model(rank), loss=F.cross_entropy, backend="eager")
+    with pytest.warns(UserWarning, match=r"has 2 processes, and each trains weights of its own.*process_group="):
+        ddpn_fx.DDPNOpt(net).train_step(*own(rank, *batches()[0]))
+    return net.state_dict()
+
+
+def test_processes_that_part_are_told(tmp_path):
+    one, other = spawned(alone, tmp_path)
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
