@@ -48,6 +48,7 @@ class Parts:
         self.lowered: Lowered | None = None
         self._lost = False
         self._sums: dict[str, Tensor] = {}
+        self._batched: dict[Any, list[bool]] = {}  # which leaves are cut, by the batch's structure
 
     def of(self, program: Program, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of a step and the share of a part, by key; made where they are missing."""
@@ -155,14 +156,17 @@ class Parts:
         count = min(self.count, batch)
         if count == 1:
             return [(1.0, inputs, target)]
-        chain = opt.net.capture(inputs, target, with_target=bool(targets))
         leaves, spec = pytree.tree_flatten((args, kwargs, targets))
+        key = str(spec), tuple([t.shape if isinstance(t, Tensor) else None for t in leaves])
+        if key not in self._batched:
+            chain = opt.net.capture(inputs, target, with_target=bool(targets))
+            self._batched[key] = chain.captured.batched
         bounds = [batch * k // count for k in range(count + 1)]
         found = []
         for start, stop in pairwise(bounds):
             cut = [
                 t[start * len(t) // batch : stop * len(t) // batch] if batched else t
-                for t, batched in zip(leaves, chain.captured.batched, strict=True)
+                for t, batched in zip(leaves, self._batched[key], strict=True)
             ]
             own_args, own_kwargs, own_targets = pytree.tree_unflatten(cut, spec)
             own = own_kwargs or (own_args[0] if isinstance(inputs, Tensor) else own_args)

@@ -62,7 +62,8 @@ class Recorder:
         stages: on every ``every``-th step also the figures of every stage (:data:`ddpn_fx.passes.figures.FIGURES`):
             norms of k and of the feedback part of du, y's distribution, trace, largest eigenvalue and effective
             dimension of the Gram. They go beside ``path``, into ``NAME.stages.csv``, a line a stage. Such a step is a
-            program of its own, compiled once; the steps between are those of a training without a recorder.
+            program of its own, compiled once; the steps between are those of a training without a recorder. A batch in
+            parts (``accumulate=``, ``process_group=``) has none.
 
     Attributes:
         history: the records so far as mappings by column, where neither ``path`` nor ``tensorboard`` is given.

@@ -175,16 +175,18 @@ def test_a_recorder_waits_only_where_it_reads():
         assert len(recorder.history) == 8
 
 
-def test_the_usual_loop_takes_the_steps_of_train_step_and_waits_for_nothing():
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_usual_loop_takes_the_steps_of_train_step_and_waits_for_nothing(count):
     model = Net().cuda()
     nets = [ddpn_fx.compile(copy.deepcopy(model), loss=F.cross_entropy) for _ in range(2)]
-    whole, usual = map(ddpn_fx.DDPNOpt, nets)
+    whole, usual = (ddpn_fx.DDPNOpt(net, accumulate=count) for net in nets)
     x, y = moved(batch())
 
     def loop():
         usual.zero_grad()
-        loss = F.cross_entropy(nets[1](x), y)
-        loss.backward()
+        for own_x, own_y in zip(x.chunk(count), y.chunk(count), strict=True):
+            loss = F.cross_entropy(nets[1](own_x), own_y) / count
+            loss.backward()
         usual.step()
 
     for _ in range(4):

@@ -7,6 +7,7 @@ batches     another, a smaller and a last batch of one sample: no new capture, a
 traced      the traced program (backend "eager") equals the untraced one
 coverage    every trainable parameter with a gradient moves; frozen ones and those without a gradient do not
 usual       `loss.backward(); opt.step()` takes the steps of `train_step`
+parts       a batch in two parts: `feedback=False` equals SGD on the mean of their losses; a closed loop moves as well
 noise       with dropout on: a finite step that moves every weight, and moves it differently the next time
 """
 
@@ -305,6 +306,41 @@ def usual(b: Bench) -> None:
         close(after[1][name], want, b.family.tolerance or 1e-6, name)
 
 
+def parts(b: Bench) -> None:
+    """A batch in two parts, one after another: the open loop on the mean of their losses, and the closed one."""
+    model = b.reset()
+    opt = b.optimizer(lr=LR, feedback=False, accumulate=2)
+    reference = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    for seed in range(2):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        inputs, target = b.family.sample(4, seed)
+        reference.zero_grad()
+        if b.broken is not None:
+            raise b.broken
+        cut = opt._parts.cut(opt, inputs, target)
+        assert len(cut) == 2
+        total = 0.0
+        for share, *part in cut:
+            loss = share * b.family.objective(model, *part)
+            loss.backward()
+            total = total + loss.detach()
+        reference.step()
+        tolerance = b.family.tolerance or 1e-9
+        close(b.step(opt, seed=seed), total, tolerance, "loss")
+        net = {**dict(b.net.named_parameters()), **dict(b.net.named_buffers())}
+        for name, want in model.named_parameters():
+            close_change(net[name], want, before[name], tolerance, f"step {seed}, {name}")
+        for name, want in model.named_buffers():
+            close(net[name], want, tolerance, f"step {seed}, buffer {name}")
+    if b.family.mixes != "other":
+        opt = b.optimizer(preconditioner="eigen-factored", accumulate=2)
+        losses = []
+        for _ in range(4):
+            losses.append(float(b.step(opt)))
+            assert opt.stats["skipped"] == 0
+        assert losses[-1] < losses[0], losses
+
+
 def _whole_step(b: Bench, opt: ddpn_fx.DDPNOpt, seed: int) -> None:
     b.step(opt, seed=seed)
 
@@ -332,6 +368,7 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
     "noise": noise,
     "learns": learns,
     "usual": usual,
+    "parts": parts,
 }
 
 
