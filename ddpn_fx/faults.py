@@ -77,11 +77,11 @@ def raise_fault(opt: DDPNOpt, stats: Mapping[str, float]) -> None:
     if fault == FAULT_TARGET:
         loss = opt.net._options["loss"]
         parts = 1 if opt._parts is None else opt._parts.count
-        divided = f" (accumulate={parts} takes each part's loss divided by {parts})" if parts > 1 else ""
+        divided = f"; accumulate={parts} takes each part's loss divided by {parts}" if parts > 1 else ""
         name = "the model's own loss" if loss is None else f"loss={getattr(loss, '__name__', type(loss).__name__)}"
         raise LossError(
             f"DDPNOpt.step: the gradient that reached the model's output is not that of {name} for any target that "
-            f"could be worked out{divided}: was the loss scaled, a term added, or another loss called than loss= of "
-            "ddpn_fx.compile? No weight was changed. Pass the loss that the loop calls to ddpn_fx.compile, or use "
+            f"could be worked out{divided} (was the loss scaled, a term added, or another loss called than loss= of "
+            "ddpn_fx.compile?); no weight was changed. Pass the loss that the loop calls to ddpn_fx.compile, or use "
             "opt.train_step(x, y)"
         )

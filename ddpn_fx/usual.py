@@ -3,14 +3,15 @@
 The first batch of its kind goes the plain way: the model runs as it is, autograd goes back through it, and the step
 runs the model again. From then on the first half of the step's program is the model's forward pass, and what it has
 worked out waits for the gradient; the step is the second half. So the loop costs what ``train_step`` does. Autograd
-then knows of the output alone, and no weight gets a ``.grad``. A model that returns its loss beside other things runs
-its forward pass once by itself, and once in the step. The plain way stays where a parameter that requires a gradient
-is none of the optimizer's, where an input wants one, where there are hooks to be called, and where
-``torch.amp.GradScaler`` looks for gradients to scale.
+then knows of the output alone, and no weight gets a ``.grad``. A model that returns its loss beside what the program
+does not make (a cache) runs its forward pass once by itself, and once in the step. The plain way stays where a
+parameter that requires a gradient is none of the optimizer's, where an input wants one, where there are hooks to be
+called, and where ``torch.amp.GradScaler`` looks for gradients to scale.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ from ddpn_fx.targets import Arrived, Inverse
 
 if TYPE_CHECKING:
     from ddpn_fx.optimizer import DDPNOpt
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -219,6 +223,7 @@ class UsualLoop:
             self._kinds[key] = Kind(target, call.spec)
         elif target is None:
             self._kinds[key] = Kind(None, call.spec, call.loss_index)
+            _log.info("the usual loop runs the model twice for each step: %s", both.misses(call.leaves))
 
     def _target(self, opt: DDPNOpt, arrived: Arrived) -> tuple[Tensor | None, Tensor] | None:
         """The target of a call, and whether it is wrong (0-d); None where none can be worked out."""
@@ -258,6 +263,13 @@ class _Both:
             isinstance(old, Tensor) and (new.shape, new.dtype) == (old.shape, old.dtype)
             for new, old in zip(self._outputs, leaves, strict=True)
         )
+
+    def misses(self, leaves: Sequence[Any]) -> str:
+        """Why the first half does not make all of the model's output."""
+        others = [type(t).__name__ for t in leaves if not isinstance(t, Tensor)]
+        if others:
+            return f"its output has a {others[0]} in it (of a language model's cache: model.config.use_cache = False)"
+        return "its output has more in it than the step's program works out"
 
 
 class _Second:

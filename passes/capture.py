@@ -89,6 +89,9 @@ def capture(
         program = export(objective, pytree.tree_unflatten(example, spec), shapes)
         captured = _signature(model, program, example, traced, batched, with_loss)
         captured.spec = spec
+        if module_loss:
+            captured.beside, captured.output_indices = captured.output_indices, []
+            captured.place = objective.place
         self_check(objective, captured, spec)
     return captured
 

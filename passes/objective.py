@@ -17,8 +17,11 @@ from ddpn_fx.passes.errors import CaptureError
 class Objective(nn.Module):
     """``forward(args, kwargs, target) -> ([loss,] *x_T)``: the module whose graph is captured.
 
-    With a loss callable the model's floating outputs follow the loss and mark x_T; without one
-    (``module_loss``) the model's own output is the loss and x_T is the stage pass's choice.
+    With a loss callable the model's floating outputs follow the loss and mark x_T; without one (``module_loss``) the
+    model's first scalar output is the loss, its other outputs follow, and x_T is the stage pass's choice.
+
+    Attributes:
+        place: where among the model's floating outputs its own loss is, once it has run.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | None, module_loss: bool) -> None:
@@ -26,20 +29,22 @@ class Objective(nn.Module):
         self.model = model
         self.criterion = loss
         self.module_loss = module_loss
+        self.place = 0
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Evaluate the model and the loss; ``target`` is an empty tuple where there is none."""
         output = self._call(*args, **kwargs)
         leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
         if self.module_loss:
-            scalars = [t for t in leaves if t.numel() == 1]
+            scalars = [i for i, t in enumerate(leaves) if t.numel() == 1]
             if not scalars:
                 raise CaptureError(
                     f"ddpn_fx.compile(loss=None): {type(self.model).__name__} must return its scalar loss, "
                     f"but returned {[tuple(t.shape) for t in leaves]}; pass loss=, "
                     "for instance loss=torch.nn.functional.cross_entropy"
                 )
-            return (scalars[0],)
+            self.place = scalars[0]
+            return (leaves.pop(self.place), *leaves)
         if self.criterion is None or not target:
             return tuple(leaves)
         loss = self.criterion(output, *target)
@@ -73,7 +78,9 @@ class Captured:
         inputs: placeholder names of the batch's leaves, in the order of ``pytree.tree_leaves``.
         mutations: the user's buffer name -> index of its new value among the graph's outputs.
         loss_index: index of the scalar loss among the outputs, or None for a chain without a loss.
-        output_indices: indices of the model's floating outputs.
+        output_indices: indices of the model's floating outputs; none where it returns its own loss.
+        beside: of such a model, indices of its outputs beside the loss; None where they are not to be had.
+        place: where among all of these the loss is.
         example: the leaves of the (resized) example batch, for checks by later passes.
         batch: the batch size of ``example``.
         batched: for each leaf whether dimension 0 is the batch.
@@ -92,6 +99,8 @@ class Captured:
     example: list[Any]
     batch: int
     batched: list[bool]
+    beside: list[int] | None = None
+    place: int = 0
     spec: Any = None
     reference: list[Tensor | None] = field(default_factory=list)
 

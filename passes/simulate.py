@@ -91,12 +91,17 @@ def new_buffers(chain: Chain, trajectory: Trajectory) -> dict[str, Tensor]:
 
 
 def outputs(chain: Chain, trajectory: Trajectory) -> list[Tensor]:
-    """The model's floating outputs, its loss alone where it returns one; none if one draws what the step does not."""
+    """The model's floating outputs, with its loss where it returns one; none if one draws what the step does not."""
     captured = chain.captured
-    wanted = [captured.outputs[i] for i in captured.output_indices]
+    own_loss = captured.beside is not None
+    wanted = [captured.outputs[i] for i in captured.beside or captured.output_indices]
     if any(chain.kinds[n] in HELD for n in _missing(chain, trajectory, wanted)):
         return []
-    return values_of(chain, trajectory, wanted) or ([] if trajectory.loss is None else [trajectory.loss])
+    found = values_of(chain, trajectory, wanted)
+    if own_loss:
+        assert trajectory.loss is not None
+        found.insert(captured.place, trajectory.loss)
+    return found
 
 
 def values_of(chain: Chain, trajectory: Trajectory, wanted: Sequence[fx.Node]) -> list[Tensor]:

@@ -311,10 +311,12 @@ class WithLoss(nn.Module):
     def forward(self, x, labels=None):
         logits = self.body(x)
         loss = F.cross_entropy(logits, labels)
-        return {"loss": loss, "logits": logits} if self.beside else loss
+        if self.beside == "cache":
+            return {"logits": logits, "loss": loss, "cache": object()}
+        return {"logits": logits, "loss": loss} if self.beside else loss
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("beside", ["", "logits", "cache"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_model_that_returns_its_loss(beside, backend):
     nets, steps = [], []
@@ -330,10 +332,15 @@ def test_a_model_that_returns_its_loss(beside, backend):
         (output["loss"] if beside else output).backward()
         steps[1].step()
         equal(*nets, 1e-8)
-    assert goes_by_halves(steps[1]) == [True]
+    (kind,) = steps[1]._usual._kinds.values()
+    assert (kind.alone is None) == (beside != "cache")  # of which a program knows nothing
     if beside:
         assert torch.allclose(output["loss"], F.cross_entropy(output["logits"], y))
-        assert not output["logits"].requires_grad
+    if beside == "logits":
+        output = nets[1](x, labels=y)
+        (output["loss"] + output["logits"].sum()).backward()
+        with pytest.raises(RuntimeError, match="another of its outputs"):
+            steps[1].step()
 
 
 # -- what the loop may do around it --------------------------------------------------------------------
