@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Kept:
         self,
         program: Program,
         members: Sequence[tuple[Site, dict[str, Any]]],
-        agree: Callable[[list[Tensor]], None] | None = None,
+        agree: Callable[[Iterable[Tensor]], None] | None = None,
     ) -> None:
         """The preconditioner's work outside the step, after a step, on what :meth:`members` has found.
 

@@ -168,12 +168,14 @@ class DDPNOpt(Optimizer):
         self._kept = Kept()
         self._faults = Faults()
         self._fold_allowed = not isinstance(gain, Tensor)
-        self._parts = parts_of(net, accumulate, process_group)
+        self._parts = parts_of(accumulate, process_group)
         self._usual = UsualLoop(in_parts=self._parts is not None)
         refuse_iterations(self)
         refuse_parts(self)
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         check_nesterov(nesterov, beta1, self.param_groups)
+        if self._parts is not None:
+            self._parts.agree((*net.parameters(), *net.buffers()))
         net._followers.add(self)
 
     @classmethod
@@ -266,6 +268,7 @@ class DDPNOpt(Optimizer):
         self._usual.ends_in_step = self._usual.ends_in_step or False
         if self._parts is None:
             return self._take(inputs, target)
+        self._parts.clear()
         with self._parts.all_or_none():
             for share, own_inputs, own_target in self._parts.cut(self, inputs, target):
                 self._take_part(own_inputs, own_target, share)
@@ -326,7 +329,8 @@ class DDPNOpt(Optimizer):
             program = ready.lowered.program
             with full_precision(ready.params):
                 values = ready.run(Given((), None), self._hyper_vector(ready.params))
-                self._kept.refresh(program, ready.members, parts.agree)
+                # Rounding may set the processes apart here: an eigenvector's sign is open.
+                self._kept.refresh(program, ready.members, None if parts.group is None else parts.agree)
         return self._taken(values, program, checked=checked)
 
     def _run(
@@ -496,6 +500,8 @@ class DDPNOpt(Optimizer):
                 group.setdefault(key, self.defaults[key])
         self._kept.load(step, dict(self.net.named_parameters()))
         self._ready.clear()
+        if self._parts is not None:
+            self._parts.clear()  # they are in the frames of the state of before
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpn_fx.batch import split_batch
 from ddpn_fx.passes.lower import Lowered
@@ -143,11 +143,11 @@ class Parts:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "taken": 0, "lowered": None, "_lost": False, "_sums": {}}
 
-    def agree(self, tensors: Sequence[Tensor]) -> None:
-        """Take the first process's values of tensors: rounding may have set the processes apart."""
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Take the first process's values of tensors."""
         if self.group is not None:
             for t in tensors:
-                dist.broadcast(t, group=self.group, group_src=0)
+                dist.broadcast(t.detach(), group=self.group, group_src=0)
 
     def cut(self, opt: DDPNOpt, inputs: Any, target: Any) -> list[tuple[float, Any, Any]]:
         """A batch in parts of consecutive samples: ``(share, inputs, target)`` of each."""
@@ -174,10 +174,8 @@ class Parts:
         return found
 
 
-def parts_of(net: nn.Module, accumulate: Any, group: Any) -> Parts | None:
+def parts_of(accumulate: Any, group: Any) -> Parts | None:
     """The parts that an optimizer's options ask for; None for the whole batch at once.
-
-    Every process begins with the weights and buffers of the first.
 
     Raises:
         ValueError: ``accumulate`` is no positive number.
@@ -194,10 +192,7 @@ def parts_of(net: nn.Module, accumulate: Any, group: Any) -> Parts | None:
         )
     if accumulate == 1 and group is None:
         return None
-    found = Parts(accumulate, group)
-    with torch.no_grad():
-        found.agree([t.detach() for t in (*net.parameters(), *net.buffers())])
-    return found
+    return Parts(accumulate, group)
 
 
 def refuse_unshared(opt: DDPNOpt) -> None:

@@ -318,6 +318,24 @@ def test_zero_grad_drops_the_parts():
     equal(one, other)
 
 
+@pytest.mark.parametrize("how", ["train_step", "load_state_dict"])
+def test_what_begins_anew_drops_the_parts(how):
+    one, other = net_of(), net_of()
+    a, b = (ddpn_fx.DDPNOpt(net, accumulate=2, preconditioner="eigen-factored") for net in (one, other))
+    for step in range(3):
+        x, y = batch(step)
+        (F.cross_entropy(other(x[:3]), y[:3]) / 2).backward()
+        other(x)  # the part is in now
+        assert b._parts.taken == 1
+        if how == "load_state_dict":
+            b.load_state_dict(b.state_dict())
+            in_parts(other, b, x, y, 2)
+        else:
+            b.train_step(x, y)
+        a.train_step(x, y)
+        equal(one, other)
+
+
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_part_that_is_not_finite_makes_no_step(position, first):
