@@ -268,6 +268,7 @@ class DDPNOpt(Optimizer):
         self._usual.ends_in_step = self._usual.ends_in_step or False
         if self._parts is None:
             return self._take(inputs, target)
+        self._usual.calls.clear()
         self._parts.clear()
         with self._parts.all_or_none():
             for share, own_inputs, own_target in self._parts.cut(self, inputs, target):

@@ -325,8 +325,8 @@ def test_what_begins_anew_drops_the_parts(how):
     for step in range(3):
         x, y = batch(step)
         (F.cross_entropy(other(x[:3]), y[:3]) / 2).backward()
-        other(x)  # the part is in now
-        assert b._parts.taken == 1
+        other(x)
+        assert b._parts.taken == (how == "load_state_dict" or step == 0)  # after train_step a call is not waited for
         if how == "load_state_dict":
             b.load_state_dict(b.state_dict())
             in_parts(other, b, x, y, 2)
