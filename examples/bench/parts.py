@@ -4,7 +4,7 @@ A batch of 512 of CIFAR-10, target.py's CNN and 300 steps: the batch whole, in 2
 parts side by side, in processes of their own; DDPNOpt at its defaults and in the metric "eigen-factored". Momentum's
 gradient, accumulated over as many parts, is the yardstick of time and memory.
 
-    python examples/bench/parts.py --data FOLDER
+    python examples/bench/parts.py --data FOLDER --keep-freed-memory
 
 Writes the figures as JSON and a Markdown table: merit at the end, means over the seeds; the median of a step's time and
 the peak of its memory, over those of the whole batch's.
@@ -134,7 +134,8 @@ def page(found: dict[str, Any]) -> str:
             over = [f"{cost[k] / whole[k]:.2f}" for k in whole] if (cost := found["costs"].get(name)) else ["", ""]
             lines.append([name, merit, *over])
     table = report.markdown(("", "test accuracy, %", "time", "peak memory"), lines, numbers_from=1)
-    return f"{table}\n\n{report.describe(found)}\n"
+    kept = "freed memory kept" if found["keep_freed_memory"] else "freed memory given back"
+    return f"{table}\n\n{kept}, {report.describe(found)}\n"
 
 
 def _mean(merits: Iterable[float]) -> str:
@@ -150,7 +151,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--train-only", action="store_true", help="leave out the times")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="call ddpn_fx.keep_freed_memory() first")
     chosen = parser.parse_args()
+    if chosen.keep_freed_memory and not ddpn_fx.keep_freed_memory():
+        sys.exit("parts.py: --keep-freed-memory: this C library has no such setting")
     task = next(t for t in TASKS if t.key == TASK)
     loaded = task.load(chosen.data)
     found: dict[str, Any] = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.is_file() else {}
@@ -171,6 +175,7 @@ def main() -> None:
         if chosen.train_only:
             return
         found["costs"] = costs(task, loaded, chosen.repeats)
+        found["keep_freed_memory"] = chosen.keep_freed_memory
     found = report.environment() | found
     report.write_json(chosen.out, found)
     text = page(found)
