@@ -30,6 +30,7 @@ from ddpn_fx.passes.mode import Hyper
 from ddpn_fx.passes.numeric import differentiable, real
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.simulate import Trajectory
+from ddpn_fx.programs import hyper_vector
 from ddpn_fx.structure import mode_of, refuse_mixing
 
 _CALL = "ddpn_fx.policies"
@@ -167,7 +168,7 @@ class _Run:
         refuse_mixing(_CALL, chain, opt.feedback)
         mode = replace(mode_of(opt, named), fold=False, parts=False, stages=False, iterations=None)
         self.program = Program(chain, mode, batch, self.leaves)
-        self.vector = opt._hyper_vector(named)
+        self.vector = hyper_vector(opt, named)
         self.state = opt._kept.of(self.program, opt.state, named)
         own = len(pytree.tree_leaves((args, kwargs)))
         self.pictured = [

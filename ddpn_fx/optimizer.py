@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ddpn_fx import preconditioners
 from ddpn_fx import terminal as terminals
-from ddpn_fx.batch import full_precision, split_batch
-from ddpn_fx.faults import Faults, raise_fault
+from ddpn_fx.faults import Faults
 from ddpn_fx.kept import Kept
-from ddpn_fx.last import Last, stage_figures
+from ddpn_fx.last import Last
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.options import (
     GROUP_KEYS,
@@ -28,15 +25,13 @@ from ddpn_fx.options import (
     number,
     of_the_metric,
 )
-from ddpn_fx.parts import parts_of, refuse_unshared
+from ddpn_fx.parts import parts_of
 from ddpn_fx.passes.lower import Lowered
 from ddpn_fx.passes.metric import Preconditioner
-from ddpn_fx.passes.mode import FAULT_TARGET, STATISTICS, Hyper
-from ddpn_fx.passes.numeric import accumulate_dtype
-from ddpn_fx.passes.program import Program
-from ddpn_fx.programs import program_for
-from ddpn_fx.ready import Given, Ready, entries_of, normal
-from ddpn_fx.structure import refuse_iterations, refuse_parts, structure_of
+from ddpn_fx.passes.mode import STATISTICS
+from ddpn_fx.ready import Ready
+from ddpn_fx.steps import finish, take, take_part
+from ddpn_fx.structure import refuse_iterations, refuse_parts
 from ddpn_fx.usual import UsualLoop
 
 if TYPE_CHECKING:
@@ -107,6 +102,8 @@ class DDPNOpt(Optimizer):
     Equivalent to ``torch.optim.SGD`` (momentum, weight decay) with ``feedback=False``, to ``torch.optim.RMSprop`` with
     ``preconditioner="diagonal"`` beside, and to the damped Gauss-Newton step of the whole network with the defaults.
     """
+
+    _opt_called: bool  # torch's schedulers look for a step before theirs
 
     def __init__(
         self,
@@ -267,117 +264,13 @@ class DDPNOpt(Optimizer):
         """
         self._usual.ends_in_step = self._usual.ends_in_step or False
         if self._parts is None:
-            return self._take(inputs, target)
+            return take(self, inputs, target)
         self._usual.calls.clear()
         self._parts.clear()
         with self._parts.all_or_none():
             for share, own_inputs, own_target in self._parts.cut(self, inputs, target):
-                self._take_part(own_inputs, own_target, share)
-        return self._finish()
-
-    def _ready_for(self, given: Given) -> Ready | None:
-        """What steps on such a batch run, where that is made already."""
-        ready = self._ready.get((given.key(), structure_of(self)))
-        return ready if ready is not None and ready.holds() else None
-
-    def _take(
-        self,
-        inputs: Any,
-        target: Any,
-        trouble: tuple[Tensor, Tensor] | None = None,
-        run: Callable[[Ready, Given, Tensor], Tensor] = Ready.run,
-    ) -> Tensor:
-        """One step on one batch, in whole or in two halves.
-
-        It changes nothing where its target is wrong or its gradient is not finite: ``trouble``, 0-d tensors.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            ready, values = self._run(inputs, target, trouble, run)
-            if trouble is not None:
-                wrong, lost = trouble
-                values[STATISTICS.index("fault")].masked_fill_(wrong & ~lost, FAULT_TARGET)
-            with full_precision(ready.params):
-                self._kept.refresh(ready.lowered.program, ready.members)
-        return self._taken(values, ready.lowered.program, checked=trouble is not None)
-
-    def _take_part(
-        self,
-        inputs: Any,
-        target: Any,
-        share: float | Tensor,
-        trouble: tuple[Tensor, Tensor] | None = None,
-        run: Callable[[Ready, Given, Tensor], Tensor] = Ready.run,
-    ) -> None:
-        """One part of a step's batch, which has this share of what this process has of it."""
-        assert self._parts is not None
-        with torch.inference_mode(False), torch.no_grad():
-            ready, _ = self._run(inputs, target, trouble, run, share)
-            if trouble is not None:
-                wrong, lost = trouble
-                self._parts.note("fault", FAULT_TARGET, wrong & ~lost)
-            self._parts.take(ready.lowered)
-
-    def _finish(self, *, checked: bool = False) -> Tensor:
-        """The update of a step whose parts are in; returns their loss."""
-        parts = self._parts
-        assert parts is not None
-        with torch.inference_mode(False), torch.no_grad():
-            lowered = parts.finish()
-            if lowered is None:
-                self._skip(next(iter(self.net.parameters())))
-                return self.stats["loss"]
-            ready = self._finish_ready(lowered)
-            program = ready.lowered.program
-            with full_precision(ready.params):
-                values = ready.run(Given((), None), self._hyper_vector(ready.params))
-                # Rounding may set the processes apart here: an eigenvector's sign is open.
-                self._kept.refresh(program, ready.members, None if parts.group is None else parts.agree)
-        return self._taken(values, program, checked=checked)
-
-    def _run(
-        self,
-        inputs: Any,
-        target: Any,
-        trouble: tuple[Tensor, Tensor] | None,
-        run: Callable[[Ready, Given, Tensor], Tensor],
-        share: float | Tensor | None = None,
-    ) -> tuple[Ready, Tensor]:
-        """Run the program for a batch, or for a part of one: what ran, and its statistics vector."""
-        given = Given(inputs, target)
-        ready = self._ready_for(given)
-        if ready is None:
-            self._ready = {k: r for k, r in self._ready.items() if r.holds()}  # no weights of before are kept
-            ready = self._ready[given.key(), structure_of(self)] = self._make_ready(inputs, target)
-        vector = self._hyper_vector(ready.params)
-        if trouble is not None:
-            vector = torch.where(torch.stack(trouble).any(), torch.nan, vector)  # which no step survives
-        if self._parts is not None and share is not None:
-            self._parts.has(share)
-        with full_precision(ready.params):
-            values = run(ready, given, vector)
-        self._last = Last(ready.lowered.program, given.leaves, given.spec)
-        return ready, values
-
-    def _taken(self, values: Tensor, program: Program, *, checked: bool) -> Tensor:
-        """Note the statistics of a step that has been taken; returns its loss.
-
-        Raises:
-            LossError: its statistics, or those of a step before, say that the loss did not fit.
-        """
-        self._values = values[: len(STATISTICS)]
-        self.stage_stats = stage_figures(values) if self._figures_wanted and program.mode.stages else {}
-        self._figures_wanted = False
-        self._opt_called = True  # torch's schedulers look for a step before theirs
-        if checked or getattr(self._factor, "floor", None) is not None or program.chain.loss_node is None:
-            for arrived in self._faults.arrived(self._values):
-                raise_fault(self, dict(zip(STATISTICS, arrived.tolist(), strict=True)))
-        return self._values[STATISTICS.index("loss")]
-
-    def _skip(self, like: Tensor) -> None:
-        """No step on a batch of whose loss nothing finite is known; statistics on the device of ``like``."""
-        values = dict.fromkeys(STATISTICS, 0.0) | {"loss": math.nan, "skipped": 1.0}
-        self._values = torch.tensor([values[name] for name in STATISTICS], device=like.device)
-        self._opt_called = True
+                take_part(self, own_inputs, own_target, share)
+        return finish(self)
 
     @property
     def stats(self) -> dict[str, Tensor]:
@@ -423,59 +316,6 @@ class DDPNOpt(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """For ``torch.amp.GradScaler``, which then says by what it has multiplied the loss."""
         return True
-
-    # -- programs ----------------------------------------------------------------------------------
-
-    def _make_ready(self, inputs: Any, target: Any) -> Ready:
-        """The program for such a batch, with all that it runs on."""
-        refuse_unshared(self)
-        net = self.net
-        own_loss = net._options["loss"] is None
-        args, kwargs, targets, batch = split_batch("DDPNOpt.train_step", inputs, target, own_loss=own_loss)
-        leaves, spec = pytree.tree_flatten((args, kwargs, targets))
-        leaves = [normal(t) if isinstance(t, Tensor) else t for t in leaves]
-        params = dict(net.named_parameters(remove_duplicate=False))
-        buffers = dict(net.named_buffers(remove_duplicate=False))
-        return self._bound(program_for(self, leaves, spec, batch, params, buffers), params, buffers)
-
-    def _finish_ready(self, lowered: Lowered) -> Ready:
-        """The update of a batch in parts, with all that it runs on."""
-        key = "finish", structure_of(self), id(lowered)
-        ready = self._ready.get(key)
-        if ready is None or not ready.holds():
-            ready = self._ready[key] = self._bound(lowered, dict(self.net.named_parameters(remove_duplicate=False)), {})
-        return ready
-
-    def _bound(self, lowered: Lowered, params: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]) -> Ready:
-        state = self._state_of(lowered.program, params)
-        kept = [self.state, *(self.state[p] for p in params.values() if p in self.state)]
-        members = self._kept.members(lowered.program, self.state, params)
-        rests_on = [*entries_of(self.net._original), *((k, k) for k in kept)]
-        return Ready(lowered, params, buffers, state, members, rests_on)
-
-    def _state_of(self, program: Program, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a program reads and writes beside weights and buffers."""
-        with full_precision(params):  # what is turned here is kept
-            state = self._kept.of(program, self.state, params)
-            return state if self._parts is None else state | self._parts.of(program, params, state)
-
-    def _new_vector(self, like: Tensor) -> Tensor:
-        return torch.tensor(self._numbers(), dtype=accumulate_dtype(like.dtype)).to(like.device, non_blocking=True)
-
-    def _numbers(self) -> list[float]:
-        check_loop(self.gain, self.trust, self.tikhonov, self.beta1)
-        for group in self.param_groups:
-            check_group(group, self.beta1)
-        trust = math.inf if self.trust is None else float(self.trust)
-        return Hyper.pack(float(self.gain), trust, float(self.beta1), float(self.tikhonov), self.param_groups)
-
-    def _hyper_vector(self, params: Mapping[str, nn.Parameter]) -> Tensor:
-        """The numbers of the step on the device, sent anew only when one has changed."""
-        like = next(iter(params.values()))
-        key = (self._numbers(), like.device, like.dtype)
-        if self._vector is None or self._vector[0] != key:
-            self._vector = (key, self._new_vector(like))
-        return self._vector[1]
 
     # -- persistence -------------------------------------------------------------------------------
 

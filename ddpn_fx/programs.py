@@ -1,20 +1,26 @@
-"""Programs: which one an optimizer's step on a batch runs, and how it comes to be."""
+"""Programs: which one an optimizer's step on a batch runs, how it comes to be, and what it is bound to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ddpn_fx import journal
-from ddpn_fx.batch import full_precision
+from ddpn_fx.batch import full_precision, split_batch
+from ddpn_fx.options import check_group, check_loop
+from ddpn_fx.parts import refuse_unshared
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.lower import Lowered, lower
-from ddpn_fx.passes.mode import Mode
+from ddpn_fx.passes.mode import Hyper, Mode
+from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.parts import Finish, Part
 from ddpn_fx.passes.program import Program
+from ddpn_fx.ready import Ready, entries_of, normal
 from ddpn_fx.structure import mode_of, refuse_mixing, structure_of
 
 if TYPE_CHECKING:
@@ -88,8 +94,67 @@ def _compiled(opt: DDPNOpt, program: Program, leaves: Sequence[Any], params: Map
         {n: p.detach() for n, p in params.items()},
         dict(opt.net.named_buffers(remove_duplicate=False)),
         leaves,
-        opt._new_vector(next(iter(params.values()))),
-        opt._state_of(program, params),
+        new_vector(opt, next(iter(params.values()))),
+        state_of(opt, program, params),
         backend=options["backend"],
         compile_kwargs=kwargs_of_compile,
     )
+
+
+def make_ready(opt: DDPNOpt, inputs: Any, target: Any) -> Ready:
+    """The program for such a batch, with all that it runs on."""
+    refuse_unshared(opt)
+    net = opt.net
+    own_loss = net._options["loss"] is None
+    args, kwargs, targets, batch = split_batch("DDPNOpt.train_step", inputs, target, own_loss=own_loss)
+    leaves, spec = pytree.tree_flatten((args, kwargs, targets))
+    leaves = [normal(t) if isinstance(t, Tensor) else t for t in leaves]
+    params = dict(net.named_parameters(remove_duplicate=False))
+    buffers = dict(net.named_buffers(remove_duplicate=False))
+    return _bound(opt, program_for(opt, leaves, spec, batch, params, buffers), params, buffers)
+
+
+def finish_ready(opt: DDPNOpt, lowered: Lowered) -> Ready:
+    """The update of a batch in parts, with all that it runs on."""
+    key = "finish", structure_of(opt), id(lowered)
+    ready = opt._ready.get(key)
+    if ready is None or not ready.holds():
+        ready = opt._ready[key] = _bound(opt, lowered, dict(opt.net.named_parameters(remove_duplicate=False)), {})
+    return ready
+
+
+def _bound(opt: DDPNOpt, lowered: Lowered, params: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]) -> Ready:
+    state = state_of(opt, lowered.program, params)
+    kept = [opt.state, *(opt.state[p] for p in params.values() if p in opt.state)]
+    members = opt._kept.members(lowered.program, opt.state, params)
+    rests_on = [*entries_of(opt.net._original), *((k, k) for k in kept)]
+    return Ready(lowered, params, buffers, state, members, rests_on)
+
+
+def state_of(opt: DDPNOpt, program: Program, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a program reads and writes beside weights and buffers."""
+    with full_precision(params):  # what is turned here is kept
+        state = opt._kept.of(program, opt.state, params)
+        return state if opt._parts is None else state | opt._parts.of(program, params, state)
+
+
+def hyper_vector(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Tensor:
+    """The numbers of the step on the device, sent anew only when one has changed."""
+    like = next(iter(params.values()))
+    key = (_numbers(opt), like.device, like.dtype)
+    if opt._vector is None or opt._vector[0] != key:
+        opt._vector = (key, new_vector(opt, like))
+    return opt._vector[1]
+
+
+def new_vector(opt: DDPNOpt, like: Tensor) -> Tensor:
+    """The numbers of the step in a dtype that goes with a parameter's, on its device."""
+    return torch.tensor(_numbers(opt), dtype=accumulate_dtype(like.dtype)).to(like.device, non_blocking=True)
+
+
+def _numbers(opt: DDPNOpt) -> list[float]:
+    check_loop(opt.gain, opt.trust, opt.tikhonov, opt.beta1)
+    for group in opt.param_groups:
+        check_group(group, opt.beta1)
+    trust = math.inf if opt.trust is None else float(opt.trust)
+    return Hyper.pack(float(opt.gain), trust, float(opt.beta1), float(opt.tikhonov), opt.param_groups)

@@ -26,6 +26,7 @@ from ddpn_fx.faults import raise_fault
 from ddpn_fx.parts import Parts
 from ddpn_fx.passes.mode import FAULT_TARGET
 from ddpn_fx.ready import Given, Ready, hooked
+from ddpn_fx.steps import finish, ready_for, skip, take, take_part
 from ddpn_fx.targets import Arrived, Inverse
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class UsualLoop:
 
     def _begin(self, opt: DDPNOpt, call: Call, kind: Kind) -> Sequence[Any] | None:
         given = Given(call.inputs, kind.target)
-        ready = opt._ready_for(given)
+        ready = ready_for(opt, given)
         if ready is None:
             return None
         call.rest_on(ready.params.values())
@@ -131,7 +132,7 @@ class UsualLoop:
         self.add_parts(opt, parts)
         if not parts.taken:
             raise none_came()
-        opt._finish(checked=True)
+        finish(opt, checked=True)
 
     def add_parts(self, opt: DDPNOpt, parts: Parts) -> None:
         """Make the calls that a gradient has come back to parts of the step."""
@@ -152,7 +153,7 @@ class UsualLoop:
                 if not bool(lost):
                     raise_fault(opt, {"fault": FAULT_TARGET})
                 if parts is None:
-                    opt._skip(lost)
+                    skip(opt, lost)
                 else:
                     parts.lose()
                 return
@@ -181,9 +182,9 @@ class UsualLoop:
         run: Callable[[Ready, Given, Tensor], Tensor],
     ) -> None:
         if share is None:
-            opt._take(call.inputs, target, trouble, run)
+            take(opt, call.inputs, target, trouble, run)
         else:
-            opt._take_part(call.inputs, target, share, trouble, run)
+            take_part(opt, call.inputs, target, share, trouble, run)
 
     @staticmethod
     def _share(opt: DDPNOpt, parts: Parts, arrived: Arrived) -> float | Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddpn_fx
+from ddpn_fx import steps
 from ddpn_fx.ready import Watch
 
 
@@ -185,8 +186,8 @@ def test_a_change_between_steps_is_never_missed(change):
 def test_what_a_step_rests_on_is_made_once(monkeypatch):
     opt = made(disable=True)
     made_for = []
-    make = opt._make_ready
-    monkeypatch.setattr(opt, "_make_ready", lambda x, y: (made_for.append(x.shape), make(x, y))[1])
+    make = steps.make_ready
+    monkeypatch.setattr(steps, "make_ready", lambda opt, x, y: (made_for.append(x.shape), make(opt, x, y))[1])
     for x, y in batches(4):
         opt.train_step(x, y)
         opt.net.eval()
