@@ -2,6 +2,9 @@
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +202,13 @@ def alone(rank):
 def test_processes_that_part_are_told(tmp_path):
     one, other = spawned(alone, tmp_path)
     assert any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.slow
+def test_the_example_runs():
+    pytest.importorskip("sklearn")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "examples/parallel.py"]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes: loss" in done.stdout
