@@ -106,7 +106,7 @@ def page(rows: list[dict], refusals: list[dict]) -> str:
         "noise": "with dropout and noise on: the same seed gives the same step, another seed another",
         "learns": 'ten steps of `"eigen-factored"` on one batch lower its loss, and none is left out',
         "usual": "three turns of `loss.backward(); opt.step()` equal three of `train_step`, buffers too",
-        "parts": "`accumulate=2`: the open loop equals SGD on the mean of two losses, buffers too; the closed loop learns",
+        "parts": "`accumulate=2`: the open loop is SGD on the mean of two losses, buffers too; the closed loop learns",
     }
     lines += [f"| {c} | {explained[c]} |" for c in CHECKS]
     lines += [
