@@ -124,7 +124,8 @@ class UsualLoop:
             return
         self.ends_in_step = True
         if hasattr(opt, "found_inf"):
-            opt.zero_grad()
+            self.calls.clear()
+            parts.clear()
             raise RuntimeError(
                 "DDPNOpt.step: torch.amp.GradScaler says the scale of a loss in its step alone, too late for the parts "
                 "of a batch (accumulate=, process_group=); use torch.autocast(dtype=torch.bfloat16), which takes none"
