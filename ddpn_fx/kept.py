@@ -12,7 +12,6 @@ from ddpn_fx.passes.frame import frame_of
 from ddpn_fx.passes.metric import Site
 from ddpn_fx.passes.mode import AVERAGES, state_key
 from ddpn_fx.passes.numeric import accumulate_dtype
-from ddpn_fx.passes.parts import Part
 from ddpn_fx.passes.program import Program
 
 
@@ -33,7 +32,7 @@ class Kept:
         found: dict[str, Tensor] = {}
         mode = program.mode
         for name in program.trained:
-            averaged = not isinstance(program, Part) and (mode.average or mode.momentum[program.group[name]])
+            averaged = program.updates and (mode.average or mode.momentum[program.group[name]])
             if not (averaged or mode.preconditioner):  # asking for an entry of torch's state makes one
                 continue
             kept = state[params[name]]

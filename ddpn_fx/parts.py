@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ddpn_fx.batch import split_batch
 from ddpn_fx.passes.lower import Lowered
-from ddpn_fx.passes.mode import SHARE, STATISTICS
-from ddpn_fx.passes.parts import SUMMED, TOTALS, empty_sums
+from ddpn_fx.passes.mode import SHARE, STATISTICS, TOTALS, is_sum
+from ddpn_fx.passes.parts import SUMMED, empty_sums
 from ddpn_fx.passes.program import Program
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Parts:
         self.taken, self._lost = 0, False
         with torch.no_grad():
             for key, t in self._sums.items():
-                if key != SHARE:
+                if is_sum(key):
                     t.zero_()
 
     def _reduce(self) -> None:
@@ -128,7 +128,7 @@ class Parts:
             return
         totals, largest = self._sums[TOTALS], self._sums[TOTALS].clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        joined = [t for key, t in self._sums.items() if key != SHARE]
+        joined = [t for key, t in self._sums.items() if is_sum(key)]
         for _, alike in groupby(sorted(joined, key=lambda t: str(t.dtype)), key=lambda t: t.dtype):
             tensors = list(alike)
             flat = torch.cat([t.reshape(-1) for t in tensors])

@@ -62,8 +62,7 @@ class Recorder:
         stages: on every ``every``-th step also the figures of every stage (:data:`ddpn_fx.passes.figures.FIGURES`):
             norms of k and of the feedback part of du, y's distribution, trace, largest eigenvalue and effective
             dimension of the Gram. They go beside ``path``, into ``NAME.stages.csv``, a line a stage. Such a step is a
-            program of its own, compiled once; the steps between are those of a training without a recorder. A batch in
-            parts (``accumulate=``, ``process_group=``) has none.
+            program of its own, compiled once; the steps between are those of a training without a recorder.
 
     Attributes:
         history: the records so far as mappings by column, where neither ``path`` nor ``tensorboard`` is given.
@@ -72,7 +71,7 @@ class Recorder:
 
     Raises:
         TypeError: ``opt`` is no ``DDPNOpt``.
-        ValueError: ``every`` is not a positive whole number.
+        ValueError: ``every`` is not a positive whole number; or ``stages``, and the batch comes in parts.
         FileExistsError: ``path`` holds something else.
         ModuleNotFoundError: ``tensorboard`` is a folder, and the package is not installed.
 
@@ -97,6 +96,11 @@ class Recorder:
             raise TypeError(f"ddpn_fx.Recorder: opt is a {type(opt).__name__}, it must be a ddpn_fx.DDPNOpt")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"ddpn_fx.Recorder: every={every!r}, it must be a positive number of steps")
+        if stages and opt._parts is not None:
+            raise ValueError(
+                "ddpn_fx.Recorder: stages=True needs the batch whole, which comes in parts here (accumulate=, "
+                "process_group=); leave stages out"
+            )
         self.every, self.actual = every, actual
         self.history: list[Record] = []
         self.stages: list[Record] = []

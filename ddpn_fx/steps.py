@@ -127,7 +127,7 @@ def _taken(opt: DDPNOpt, values: Tensor, program: Program, *, checked: bool) -> 
         LossError: its statistics, or those of a step before, say that the loss did not fit.
     """
     opt._values = values[: len(STATISTICS)]
-    opt.stage_stats = stage_figures(values) if opt._figures_wanted and program.mode.stages else {}
+    opt.stage_stats = stage_figures(values) if opt._figures_wanted else {}
     opt._figures_wanted = False
     opt._opt_called = True  # torch's schedulers look for a step before theirs
     if checked or getattr(opt._factor, "floor", None) is not None or program.chain.loss_node is None:

@@ -56,7 +56,6 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
     off = opt.net._options["off"]
     refuse_iterations(opt)
     refuse_parts(opt)
-    in_parts = opt._parts is not None
     return Mode(
         terminal=opt._factor,
         coupling=opt.coupling,
@@ -74,8 +73,8 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         preconditioner=opt.preconditioner,
         tikhonov=regularized,
         iterations=opt.cg_iterations if opt.feedback else None,
-        parts=in_parts,
-        stages=figures and not in_parts,
+        parts=opt._parts is not None,
+        stages=figures,
         off=off,
     )
 

@@ -159,6 +159,8 @@ class UsualLoop:
                     parts.lose()
                 return
             target, wrong = found
+            if isinstance(share, Tensor):
+                wrong = wrong | ~(share > 0).all()
             if found_inf is not None:
                 lost = lost | (torch.as_tensor(found_inf, device=lost.device) > 0)
             begun = call.begun

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ddpn_fx.passes import bellman
 from ddpn_fx.passes import loss as losses
 from ddpn_fx.passes.derive import Twin
-from ddpn_fx.passes.frame import Frame, FramedGamma, frame_of
+from ddpn_fx.passes.frame import Frame, FramedGamma, frame_of, with_decay
 from ddpn_fx.passes.gamma import Gamma, Gammas
 from ddpn_fx.passes.ir import Chain, Stage
 from ddpn_fx.passes.iterative import Vector, conjugate_gradients
@@ -257,9 +257,9 @@ class _Recursion:
             return bellman.PreconditionerRow(self.linear.terminal)
         return (bellman.ExplicitGaussNewton if self.mode.tikhonov else bellman.GaussNewton)(self.linear.terminal)
 
-    def _decays(self, name: str) -> bool:
-        """Whether a parameter has weight decay inside the recursion."""
-        return self.mode.decay[self.group[name]] and not self.mode.decoupled
+    def _decays(self, name: str) -> Tensor | None:
+        """wd of a parameter that has weight decay inside the recursion."""
+        return self.hyper.weight_decay[self.group[name]] if self.mode.decays(name) else None
 
     def _metrics(self, stage: Stage, b: Tensor) -> None:
         """The metrics of a stage's parameters from V_x = Z b, b weighted: (B, R)."""
@@ -282,10 +282,8 @@ class _Recursion:
                 if linear.share is not None:
                     linear.gradients[name] = whole
                     whole = whole / linear.share  # what it would be, were the part the batch
-                direction = whole if name in linear.frames else whole.to(self.params[name].dtype)
-                if self._decays(name):
-                    value = linear.framed(name, self.params[name])
-                    direction = direction + self.hyper.weight_decay[self.group[name]] * value
+                frame = linear.frames.get(name)
+                direction = with_decay(whole, self.params[name], frame, self._decays(name))
                 step, of_samples = self.state["step"] + 1, (gamma, own)
                 moment = Moment(self.sites[name], direction, step, linear.gammas.dtype, of_samples)
                 linear.metrics[name], new = preconditioner.metric(moment, slots_of(name, self.state))
@@ -326,14 +324,12 @@ class _Recursion:
 
     def _pull(self, name: str) -> Tensor | None:
         """The part of a parameter's direction that does not depend on omega, in the parameter's frame."""
-        decays = self.hyper.weight_decay[self.group[name]] * self._value(name) if self._decays(name) else None
+        decay = self._decays(name)
+        decays = None if decay is None else decay * self.linear.framed(name, self.params[name])
         if self.linear.share is None or self.mode.coupling == "sample":
             return decays
         before = self.state[sum_key(DIRECTION, name)]
         return before if decays is None else decays + before
-
-    def _value(self, name: str) -> Tensor:
-        return self.linear.framed(name, self.params[name])
 
     def _mapped(self, vector: Tensor, known: Mapping[str, Tensor] = MappingProxyType({})) -> Vector:
         """A vector (G, n) of one block with sum K v, without K, and Gamma v, of which some may be known."""

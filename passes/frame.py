@@ -75,6 +75,19 @@ def frame_of(preconditioner: Any, site: Site, slots: Mapping[str, Tensor]) -> Fr
     return None if made is None else made(site, slots)
 
 
+def with_decay(direction: Tensor, value: Tensor, frame: Frame | None, decay: Tensor | None) -> Tensor:
+    """Q_u of a parameter with its l_u: ``Gamma b + wd u``, in the parameter's frame, where it has one.
+
+    Args:
+        direction: Gamma b, (O, I) in the frame, or (*M), which then is cast to the parameter's dtype.
+        value: u, (*M).
+        frame: the parameter's.
+        decay: wd, 0-d; None where there is none in the recursion.
+    """
+    direction = direction.to(value.dtype) if frame is None else direction
+    return direction if decay is None else direction + decay * (value if frame is None else frame.into(value))
+
+
 class FramedGamma(Gamma):
     """Gamma with its columns, and all that is made of them, in a frame: (O, I) for (*M).
 

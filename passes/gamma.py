@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.catalogue import enabled
 from ddpn_fx.passes.ir import Chain, ParamUse, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, rules
-from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.numeric import accumulate_dtype, working_dtype
 from ddpn_fx.passes.rules import Blocks, Rule
 from ddpn_fx.passes.rules.base import along, gram_matrix, product_gram
 from ddpn_fx.passes.rules.embedding import lookup_gram
@@ -162,9 +161,7 @@ class Gammas:
     def __init__(self, chain: Chain, parameters: Parameters, trained: Iterable[str], batch: int) -> None:
         self.chain, self.parameters, self.trained, self.batch = chain, parameters, set(trained), batch
         self._found: dict[str, Gamma] = {}
-        dtypes = {accumulate_dtype(parameters.params[n].dtype) for n in self.trained}
-        # b, C, K and y: float32, or float64 if a trained parameter is.
-        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.dtype = working_dtype(parameters.params[n].dtype for n in self.trained)
 
     def add(self, stage: Stage, taps: dict[fx.Node, Tensor], env: Env) -> None:
         """Take in the cotangents at the parametrised operators of one stage."""

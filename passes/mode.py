@@ -70,9 +70,17 @@ def slots_of(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 SHARE, DIRECTION, GRADIENT = "share", "direction", "gradient"
 
 
+TOTALS = "sum/statistics"  # the key of the sums of a step's statistics
+
+
 def sum_key(what: str, name: str) -> str:
     """The key of a sum over parts; no slot of a parameter is called like it."""
     return f"sum/{what}/{name}"
+
+
+def is_sum(key: str) -> bool:
+    """Whether a key of the optimiser state is that of a sum over parts, ``TOTALS`` among them."""
+    return key.startswith("sum/")
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,10 @@ class Mode:
     def one_column(self) -> bool:
         """Whether a single cotangent a sample is pulled back, without ``vmap``."""
         return not self.feedback or self.terminal.single_column
+
+    def decays(self, name: str) -> bool:
+        """Whether a parameter has weight decay inside the recursion."""
+        return self.decay[dict(self.group)[name]] and not self.decoupled
 
     @property
     def forms_grams(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ def real(t: Tensor) -> Tensor:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of Grams, weights, policies and numbers of a step: float32, or float64 for a float64 model."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def working_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of b, C, K and y beside parameters of these dtypes: float32, or float64 if one of them is."""
+    return torch.float64 if torch.float64 in set(dtypes) else torch.float32
 
 
 def worked_out(t: Tensor) -> Tensor:

@@ -32,23 +32,34 @@ come in parts: in any other, a stage's policy reacts to what the stages before i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ddpn_fx.passes.backward import Linearization
-from ddpn_fx.passes.frame import Frame, frame_of
+from ddpn_fx.passes.frame import Frame, frame_of, with_decay
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.metric import Metric, Moment
-from ddpn_fx.passes.mode import DIRECTION, GRADIENT, SHARE, STATISTICS, Hyper, Mode, slots_of, state_key, sum_key
-from ddpn_fx.passes.numeric import accumulate_dtype
+from ddpn_fx.passes.mode import (
+    DIRECTION,
+    GRADIENT,
+    SHARE,
+    STATISTICS,
+    TOTALS,
+    Hyper,
+    Mode,
+    is_sum,
+    slots_of,
+    state_key,
+    sum_key,
+)
+from ddpn_fx.passes.numeric import accumulate_dtype, working_dtype
 from ddpn_fx.passes.program import Program, pack
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import new_buffers, outputs
 from ddpn_fx.passes.update import Directions, Update, kept_or_new
 
-TOTALS = "statistics"  # the key of the sums of a step's statistics
 SUMMED = ("loss", "predicted_decrease", "clamps", "clipped")  # of the statistics; of the others the largest counts
 
 
@@ -71,6 +82,8 @@ def empty_sums(program: Program, params: Mapping[str, Tensor], state: Mapping[st
 
 class Part(Program):
     """What one part adds to the step. Its state has the sums over the parts before it, and ``SHARE``, s_j."""
+
+    updates: ClassVar[bool] = False
 
     def step(
         self,
@@ -142,8 +155,7 @@ class Finish(Program):
         with origin({"role": "update"}):
             new_params = kept_or_new(skipped, ((n, params[n] + d) for n, d in update.changes.items()), params)
             new_state = kept_or_new(skipped, update.new_state.items(), state)
-            sums = [k for k in state if k == TOTALS or k.startswith("sum/")]
-            new_state |= {k: torch.zeros_like(state[k]) for k in sums}
+            new_state |= {k: torch.zeros_like(t) for k, t in state.items() if is_sum(k)}
             packed = pack(statistics, vector.dtype)
         return new_params, {}, new_state, packed, []
 
@@ -154,20 +166,15 @@ class Finish(Program):
         metrics: dict[str, Metric] = {}
         kept: dict[str, Tensor] = {}
         preconditioner = mode.preconditioner
-        dtypes = {accumulate_dtype(params[n].dtype) for n in self.trained}
-        work = torch.float64 if torch.float64 in dtypes else torch.float32
+        work = working_dtype(params[n].dtype for n in self.trained)
         for name in self.trained if preconditioner is not None else ():
             site, slots = self.sites(params)[name], slots_of(name, state)
             with origin({"role": "metric", "module_path": name}):
-                frame, direction = frame_of(preconditioner, site, slots), state[sum_key(GRADIENT, name)]
-                if frame is None:
-                    direction = direction.to(params[name].dtype)
-                else:
+                frame = frame_of(preconditioner, site, slots)
+                if frame is not None:
                     frames[name] = frame
-                g = self.group[name]
-                if mode.decay[g] and not mode.decoupled:
-                    value = params[name] if frame is None else frame.into(params[name])
-                    direction = direction + hyper.weight_decay[g] * value
+                decay = hyper.weight_decay[self.group[name]] if mode.decays(name) else None
+                direction = with_decay(state[sum_key(GRADIENT, name)], params[name], frame, decay)
                 moment = Moment(site, direction, state["step"] + 1, work, None)
                 metrics[name], new = preconditioner.metric(moment, slots)
                 kept |= {state_key(slot, name): t for slot, t in new.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -46,7 +46,12 @@ class Program:
         mode: the structure of the step.
         batch: B.
         leaves: the batch's leaves; those that are not tensors are constants of the program.
+
+    Attributes:
+        updates: whether the step ends in the update, and so has the averages of momentum and beta1.
     """
+
+    updates: ClassVar[bool] = True
 
     def __init__(self, chain: Chain, mode: Mode, batch: int, leaves: Sequence[Any]) -> None:
         self.chain, self.mode, self.batch = chain, mode, batch

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ddpn_fx.passes.frame import Frame
+from ddpn_fx.passes.frame import Frame, with_decay
 from ddpn_fx.passes.metric import Metric
 from ddpn_fx.passes.mode import Hyper, Mode, state_key
 
@@ -57,9 +57,7 @@ class Update:
         """du of one parameter for its direction, which is in the parameter's frame, where it has one."""
         mode, hyper = self._mode, self._hyper
         g, value, frame = self._group[name], self._params[name], self._frames.get(name)
-        direction = direction.to(value.dtype) if frame is None else direction
-        if mode.decay[g] and not mode.decoupled:
-            direction = direction + hyper.weight_decay[g] * (value if frame is None else frame.into(value))
+        direction = with_decay(direction, value, frame, hyper.weight_decay[g] if mode.decays(name) else None)
         key, metric = state_key(mode.buffer, name), self._metrics.get(name)
         if mode.average:
             beta1, step, at_hand = hyper.beta1, self.new_state["step"], direction

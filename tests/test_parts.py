@@ -18,20 +18,9 @@ from tests import oracle
 from tests.harness import close, close_to_scale, program
 from tests.models import case
 from tests.test_preconditioners import DENSE, TURNS
+from tests.test_usual import batch, net_of
 
 Settings = oracle.Settings
-
-
-def net_of(*layers, loss=F.cross_entropy, backend="eager", seed=0, **options):
-    torch.manual_seed(seed)
-    made = nn.Sequential(*layers) if layers else nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
-    return ddpn_fx.compile(made.double(), loss=loss, backend=backend, **options)
-
-
-def batch(seed=0, size=8):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, 6, generator=generator, dtype=torch.float64)
-    return x, torch.randint(0, 4, (size,), generator=generator)
 
 
 def weights(net):
@@ -492,6 +481,25 @@ def test_the_graphs_are_the_parts_and_the_finish(tmp_path):
     assert not [n for n in inputs if n.startswith(("batch", "buffer"))]
     ddpn_fx.export(opt, tmp_path)
     assert "finish" in {p.stem for p in tmp_path.rglob("*.py")} | {p.name for p in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.0])
+def test_a_share_of_a_models_own_loss_is_positive(factor):
+    torch.manual_seed(0)
+    net = ddpn_fx.compile(OwnLoss().double(), backend="eager")
+    opt = ddpn_fx.DDPNOpt(net, accumulate=2)
+    for _ in range(2):  # the plain way, and by halves
+        opt.train_step(batch())
+        before = weights(net)
+        (factor * net(*batch())).backward()
+        with pytest.raises(LossError, match="not that of the model's own loss"):
+            opt.step()
+        assert all(map(torch.equal, weights(net), before))
+
+
+def test_a_recorder_of_stages_is_refused():
+    with pytest.raises(ValueError, match=r"Recorder: stages=True.*accumulate="):
+        ddpn_fx.Recorder(ddpn_fx.DDPNOpt(net_of(), accumulate=2), stages=True)
 
 
 def test_a_recorder_has_the_statistics_without_the_stages():
