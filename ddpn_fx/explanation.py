@@ -55,6 +55,7 @@ class Compiled:
         trigger: why it was compiled, in words.
         mode: the structure of the step by name.
         passes: what was run for it.
+        sketched: the parameters whose K is from a sketch (:mod:`ddpn_fx.passes.sketch`); of ``mode["sketch"]`` columns.
     """
 
     batch: int
@@ -62,6 +63,7 @@ class Compiled:
     trigger: str
     mode: Mapping[str, Any]
     passes: tuple[Pass, ...]
+    sketched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ class Explanation:
             shapes = ", ".join(map(str, program.shapes))
             lines.append(f"  {number}. batch {program.batch}, shapes {shapes}: {program.trigger}")
             lines += [f"  {_pass_line(each)}" for each in program.passes]
+            if program.sketched:
+                size, names = program.mode["sketch"], _cut_short(", ".join(program.sketched))
+                lines.append(f"     K from {size} random combinations of rows and of columns: {names}")
         lines += ["", "What the fast path does not cover", *(self.limits() or ["  nothing"])]
         return "\n".join(lines)
 
@@ -234,7 +239,7 @@ def _programs(lowered: Mapping[Any, Lowered]) -> list[Compiled]:
         shapes = tuple(tuple(shape) for shape, _, _ in each.shapes[:count])
         mode = {f.name: getattr(each.program.mode, f.name) for f in fields(each.program.mode)}
         passes = tuple(map(_pass, each.records))
-        found.append(Compiled(each.program.batch, shapes, _trigger(key, earlier), mode, passes))
+        found.append(Compiled(each.program.batch, shapes, _trigger(key, earlier), mode, passes, each.program.sketched))
         earlier.append(key)
     return found
 

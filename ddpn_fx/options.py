@@ -26,6 +26,7 @@ def check_arguments(
     curvature: Any,
     loss_floor: Any,
     cg_iterations: Any,
+    sketch: Any,
 ) -> None:
     """Check what is fixed when the optimizer is made.
 
@@ -47,6 +48,11 @@ def check_arguments(
         raise ValueError(
             f"DDPNOpt: cg_iterations={cg_iterations!r} must be a positive number of iterations, "
             "or None for the dense solve"
+        )
+    if sketch is not None and not (isinstance(sketch, int) and not isinstance(sketch, bool) and sketch >= 0):
+        raise ValueError(
+            f"DDPNOpt: sketch={sketch!r} must be a number of random combinations of rows and of columns, 0 for the "
+            "exact K, or None for the metric's own"
         )
     if nesterov is not None and not isinstance(nesterov, bool):
         raise ValueError(f"DDPNOpt: nesterov={nesterov!r} must be True or False, or None for the metric's own")
@@ -108,6 +114,30 @@ def of_the_metric(
     if nesterov is None:
         nesterov = bool(beta1) and getattr(preconditioner, "default_nesterov", False)
     return lr, beta1, nesterov
+
+
+def sketch_of(preconditioner: Preconditioner | None, sketch: int | None, cg_iterations: int | None) -> int | None:
+    """The size of the sketches of K, the metric's own in the place of None; None where K is exact or not formed.
+
+    Raises:
+        ValueError: a sketch where there is no K, or of a metric that has none.
+    """
+    if sketch is None:
+        sketch = None if cg_iterations else getattr(preconditioner, "default_sketch", None)
+    if not sketch:
+        return None
+    if cg_iterations:
+        raise ValueError(
+            f"DDPNOpt: cg_iterations={cg_iterations} solves without K, so there is nothing to sketch; "
+            f"leave cg_iterations or sketch={sketch} out"
+        )
+    if preconditioner is not None and not getattr(preconditioner, "sketches", False):
+        raise ValueError(
+            f"DDPNOpt: sketch={sketch} needs a metric that is diagonal on rows and on columns; "
+            f"{type(preconditioner).__name__} is not: take 'identity', 'factored' or 'eigen-factored', or leave "
+            "sketch out"
+        )
+    return sketch
 
 
 def check_group(group: Mapping[str, Any], beta1: Any) -> None:

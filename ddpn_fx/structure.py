@@ -73,6 +73,7 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         preconditioner=opt.preconditioner,
         tikhonov=regularized,
         iterations=opt.cg_iterations if opt.feedback else None,
+        sketch=opt.sketch if opt.feedback else None,
         parts=opt._parts is not None,
         stages=figures,
         off=off,

@@ -33,6 +33,7 @@ from ddpn_fx.passes.numeric import accumulate_dtype, real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.simulate import Trajectory
+from ddpn_fx.passes.sketch import Sketch
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Linearization:
         frames: parameter name -> its frame, where its metric and directions are in one.
         metrics: parameter name -> its metric, where the preconditioner is not the identity.
         metric_state: what the preconditioner keeps, by key.
+        sketched: the parameters whose K is from a sketch.
         share: s_j of a batch that comes in parts, 0-d; None: the whole.
         gradients: parameter name -> Gamma b_T with its share, of a part, where a metric is made of it.
         clamps: eigenvalues clamped so far.
@@ -74,6 +76,7 @@ class Linearization:
     frames: dict[str, Frame] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
     metric_state: dict[str, Tensor] = field(default_factory=dict)
+    sketched: list[str] = field(default_factory=list)
     share: Tensor | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
     clamps: Tensor | None = None
@@ -209,6 +212,8 @@ class _Recursion:
         self.sites = {} if mode.preconditioner is None else sites(chain, self.params)
         self.group = dict(mode.group)
         self._gradient: dict[str, Tensor] = {}  # Gamma b_T, for conjugate gradients in a metric
+        size = mode.sketch
+        self._sketch = None if size is None else Sketch(size, state["step"], linear.gammas.dtype)
 
     def open_loop(self, pulled: Iterator[Stage]) -> None:
         """Q_ux = 0: the metrics alone."""
@@ -265,16 +270,22 @@ class _Recursion:
         """The metrics of a stage's parameters from V_x = Z b, b weighted: (B, R)."""
         preconditioner, linear = self.mode.preconditioner, self.linear
         if preconditioner is None:
+            self._choose(stage)
             return
         # Of the sample's own loss: b counts each sample by its share of the batch's loss.
         own = b * linear.blocks.batch
         if linear.share is not None:
             own = own / linear.share
-        for gamma in list(linear.gammas.of(self.controls[stage.index])):
+        for gamma in linear.gammas.of(self.controls[stage.index]):
             frame = frame_of(preconditioner, self.sites[gamma.name], slots_of(gamma.name, self.state))
             if frame is not None:
                 linear.frames[gamma.name] = frame
-                blocks = linear.blocks if self.mode.feedback and self.mode.forms_grams else None
+        self._choose(stage)
+        for gamma in list(linear.gammas.of(self.controls[stage.index])):
+            frame = linear.frames.get(gamma.name)
+            if frame is not None:
+                shared = self.mode.feedback and self.mode.forms_grams and gamma.name not in linear.sketched
+                blocks = linear.blocks if shared else None
                 linear.gammas.include(FramedGamma(gamma, frame, self.sites[gamma.name], blocks))
         for gamma in linear.gammas.of(self.controls[stage.index]):
             name, whole = gamma.name, self._direction(gamma, b)
@@ -288,6 +299,16 @@ class _Recursion:
                 moment = Moment(self.sites[name], direction, step, linear.gammas.dtype, of_samples)
                 linear.metrics[name], new = preconditioner.metric(moment, slots_of(name, self.state))
                 linear.metric_state.update({state_key(slot, name): t for slot, t in new.items()})
+
+    def _choose(self, stage: Stage) -> None:
+        """Which parameters of a stage have their K from a sketch."""
+        if self._sketch is None:
+            return
+        linear = self.linear
+        for gamma in linear.gammas.of(self.controls[stage.index]):
+            shape, frame = self.params[gamma.name].shape, linear.frames.get(gamma.name)
+            if self._sketch.serves(gamma, shape, linear.blocks, frame):
+                linear.sketched.append(gamma.name)
 
     def _direction(self, gamma: Gamma, b: Tensor) -> Tensor:
         """Gamma b, by the columns where K is formed of them; conjugate gradients start from it, and so it is kept."""
@@ -304,10 +325,19 @@ class _Recursion:
         gram: Tensor | None = None
         for gamma in linear.gammas.of(self.controls[stage.index]):
             with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
-                term = gamma.gram(blocks, linear.metrics.get(gamma.name)).to(linear.gammas.dtype)
+                term = self._gram_of(gamma).to(linear.gammas.dtype)
                 term = hyper.lr[self.group[gamma.name]] * term
                 gram = term if gram is None else gram + term
         return linear.weight.new_zeros(blocks.count, blocks.size, blocks.size) if gram is None else gram
+
+    def _gram_of(self, gamma: Gamma) -> Tensor:
+        """K_t of one parameter."""
+        linear, name = self.linear, gamma.name
+        metric = linear.metrics.get(name)
+        if self._sketch is None or name not in linear.sketched:
+            return gamma.gram(linear.blocks, metric)
+        shape, frame = self.params[name].shape, linear.frames.get(name)
+        return self._sketch.gram(gamma.plain, shape, linear.blocks, frame, metric)
 
     def _decay(self, stage: Stage) -> Tensor | None:
         """v_t of one stage, of weight decay and of the parts before; None where nothing pulls."""

@@ -298,6 +298,14 @@ class TwinGamma(Gamma):
         """x and h of one use that is a product of both, where they are the cheaper way to K."""
         return self._run(("factors", blocks), lambda: self._traced.factors(blocks))
 
+    def at_hand(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """x and h of one use, where they need not be made."""
+        return self._run(("at_hand", blocks), lambda: self._traced.at_hand(blocks))
+
+    def thinned(self, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x times ``right``, and h, of one use."""
+        return self._run("thinned", self._traced.thinned, right)
+
     def lookups(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """Index and h of one use that looks its argument up, where they are the cheaper way to K."""
         return self._run(("lookups", blocks), lambda: self._traced.lookups(blocks))

@@ -95,7 +95,8 @@ class FramedGamma(Gamma):
         gamma: the parameter's Gamma.
         frame: the frame.
         site: the parameter.
-        blocks: the blocks of K; None where no K is formed: then directions are formed as they are, and turned.
+        blocks: the blocks of K; None where no K is formed of what is turned: then directions are formed as they are,
+            and turned.
     """
 
     def __init__(self, gamma: Gamma, frame: Frame, site: Site, blocks: Blocks | None) -> None:
@@ -108,7 +109,9 @@ class FramedGamma(Gamma):
         return self._gamma
 
     def form(self, blocks: Blocks) -> None:
-        """Nothing is formed ahead: K and both contractions share what is turned, and it alone."""
+        """Nothing is formed ahead where K and both contractions share what is turned, and it alone."""
+        if self._blocks is None:
+            self._gamma.form(blocks)
 
     def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """x U_1 (B, P, I) and h U_0 (B, R, P, O) of one use that is a product, where they are the cheaper way to K."""

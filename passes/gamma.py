@@ -102,6 +102,16 @@ class Gamma:
             return None
         return None if others or entry.argument.op != "placeholder" else entry.rule.factors(entry.argument, blocks)
 
+    def at_hand(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """As :meth:`ddpn_fx.passes.rules.Rule.at_hand`, of one use; None of several."""
+        (entry, *others) = self.entries
+        return None if others or entry.argument.op != "placeholder" else entry.rule.at_hand(entry.argument, blocks)
+
+    def thinned(self, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As :meth:`ddpn_fx.passes.rules.Rule.thinned`, of one use; None of several."""
+        (entry, *others) = self.entries
+        return None if others or entry.argument.op != "placeholder" else entry.rule.thinned(entry.argument, right)
+
     def lookups(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """Index and h of one use that looks its argument up, where they are the cheaper way to K."""
         (entry, *others) = self.entries

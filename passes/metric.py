@@ -27,7 +27,8 @@ class Metric(Protocol):
     """M of one parameter of shape M (the tuple), or in its frame, where it has one: then (O, I) stands for M.
 
     It may also have ``whitened() -> (B, R, any shape)``: ``whiten`` of the columns of its moment's Gamma, where there
-    is a cheaper way than through these.
+    is a cheaper way than through these; and ``diagonals``, (O,) and (I,) of ``M = diag(rows) (x) diag(columns)``, of
+    which K may be sketched (:mod:`ddpn_fx.passes.sketch`).
     """
 
     def solve(self, direction: Tensor) -> Tensor:
@@ -183,8 +184,9 @@ class Preconditioner(Protocol):
     (site, state), so that what is alike is worked out together.
     It may say ``needs_samples``, True where it reads a moment's ``samples``, ``second_moments`` or ``gamma``: then no
     batch comes in parts.
-    It may say ``default_lr``, ``default_beta1`` and ``default_nesterov``, DDPNOpt's where it is given None; else they
-    are 1.0, 0.0 and False.
+    It may say ``default_lr``, ``default_beta1``, ``default_nesterov`` and ``default_sketch``, DDPNOpt's where it is
+    given None; else they are 1.0, 0.0, False and None.
+    It may say ``sketches``: the metric of a parameter of two dimensions or more has ``diagonals``.
     ``moments``: ``"gradient"``: from Gamma b_T; ``"value"``: from V of the recursion, Gamma b_{t+1} (the paper).
     """
 

@@ -104,6 +104,7 @@ class Mode:
         preconditioner: what makes M; None for the identity.
         tikhonov: whether eps_V is added.
         iterations: of the folded solve without K (:mod:`ddpn_fx.passes.iterative`); None: the dense solve.
+        sketch: s of :mod:`ddpn_fx.passes.sketch`, where K of weights with several positions comes from sketches.
         parts: whether the batch comes in parts, and the step is of one (:mod:`ddpn_fx.passes.parts`).
         stages: whether the figures of every stage are computed as well (:mod:`ddpn_fx.passes.figures`).
         off: names of the optional passes that are switched off (:mod:`ddpn_fx.passes.catalogue`).
@@ -125,6 +126,7 @@ class Mode:
     preconditioner: Preconditioner | None = None
     tikhonov: bool = False
     iterations: int | None = None
+    sketch: int | None = None
     parts: bool = False
     stages: bool = False
     off: tuple[str, ...] = ()
@@ -151,7 +153,7 @@ class Mode:
     @property
     def counts(self) -> bool:
         """Whether the number of steps is part of the state, as ``"step"``."""
-        return self.average or self.preconditioner is not None
+        return self.average or self.preconditioner is not None or self.sketch is not None
 
     def group_size(self, batch: int) -> int:
         """Samples in one block of the coupling."""

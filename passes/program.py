@@ -48,6 +48,7 @@ class Program:
         leaves: the batch's leaves; those that are not tensors are constants of the program.
 
     Attributes:
+        sketched: the parameters whose K is from a sketch, known once a step was traced or run.
         updates: whether the step ends in the update, and so has the averages of momentum and beta1.
     """
 
@@ -60,6 +61,7 @@ class Program:
         self.group = dict(mode.group)
         self.controls = [[p for p in s.controls if p in self.group] for s in chain.stages]
         self.trained = [p for ps in self.controls for p in ps]
+        self.sketched: tuple[str, ...] = ()
         self._sites: dict[str, Site] | None = None
 
     def sites(self, params: Mapping[str, Tensor]) -> dict[str, Site]:
@@ -98,7 +100,9 @@ class Program:
 
     def backward(self, trajectory: Trajectory, hyper: Hyper, state: Mapping[str, Tensor]) -> Linearization:
         """The linearisation, the metrics and the policies."""
-        return backward(self.chain, self.mode, self.controls, self.batch, trajectory, hyper, state)
+        linear = backward(self.chain, self.mode, self.controls, self.batch, trajectory, hyper, state)
+        self.sketched = tuple(linear.sketched)
+        return linear
 
     def feedback(
         self, trajectory: Trajectory, linear: Linearization, hyper: Hyper, state: Mapping[str, Tensor]

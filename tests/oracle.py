@@ -24,6 +24,7 @@ out. Tensors over k are stored with k first, so Z_t is (N, D_t) and Gamma_t is (
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,7 @@ class Stage:
 
 
 Metric = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+Sketched = Callable[[str, Tensor, Tensor, Metric | None], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -526,6 +528,40 @@ def cotangents(trajectory: Trajectory, S: Tensor) -> tuple[list[Tensor], list[di
     return [torch.stack(z) for z in Z], [{name: torch.stack(g) for name, g in stage.items()} for stage in rows]
 
 
+# --- sketches of K --------------------------------------------------------------------------------------------------
+
+
+def mix(x: int) -> int:
+    """32 bits from the lowest 32 of x, each of which depends on all of them."""
+    x &= 2**32 - 1
+    x = (x ^ x >> 16) * 0x5BD1E995 % 2**32
+    x = (x ^ x >> 13) * 0x2C1B3C6D % 2**32
+    return x ^ x >> 16
+
+
+def signs(name: str, side: int, n: int, s: int, steps_done: int) -> Tensor:
+    """S (n, s) of rows (side 0) or columns (1): +-1/sqrt(s), entry e minus where bit 16 of mix(e + seed) is set.
+
+    seed = mix(steps_done + half of the CRC-32 of "name/side"); the identity where n is at most s.
+    """
+    if n <= s:
+        return torch.eye(n).double()
+    seed = mix(steps_done + zlib.crc32(f"{name}/{side}".encode()) // 2)
+    bits = [mix(entry + seed) >> 16 & 1 for entry in range(n * s)]
+    return (1 - 2 * torch.tensor(bits).double().reshape(n, s)) / s**0.5
+
+
+def sketch(name: str, G: Tensor, u: Tensor, left: Tensor, right: Tensor, s: int, steps_done: int) -> Tensor:
+    """F (N, q): of each column as (O, I), S_0^T left^T G right S_1, I in the order S, C (kernel before channels).
+
+    left (O, O) and right (I, I) are roots of the metric's two sides, left left^T (x) right right^T = M^-1.
+    """
+    O, C = u.shape[:2]
+    G = G.reshape(len(G), O, C, -1).transpose(2, 3).reshape(len(G), O, -1)
+    a, b = left @ signs(name, 0, O, s, steps_done), right @ signs(name, 1, G.shape[2], s, steps_done)
+    return torch.einsum("noi,oj,ik->njk", G, a, b).flatten(1)
+
+
 # --- one step -------------------------------------------------------------------------------------------------------
 
 
@@ -578,6 +614,7 @@ def step(
     moments: str = "gradient",
     share: float = 1.0,
     before: Params | None = None,
+    sketched: Sketched | None = None,
 ) -> Result:
     """One step of DDPNOpt: simulate, backward, feedback (DESIGN 2.2, 2.3).
 
@@ -590,6 +627,9 @@ def step(
     share: s, where the batch is a part of a larger one, of whose loss it has so much: J and the w_i are s times as
     large. The metric is that of the part by itself, so its c is without s. before: the direction that the parts before
     it have given, by parameter, to whose change it reacts as to that of weight decay.
+
+    sketched: F (N, q) of one parameter, `sketched(name, u, G, metric)`, after its metric was made: then its K is F F^T
+    in the place of G M^-1 G^T (see `sketch`), and all else as it is; None: exact, of this parameter or of all.
 
     With tikhonov, the policy of stage t uses C_{t+1} as it is after the term was added, and its own C_t before.
     """
@@ -621,7 +661,8 @@ def step(
             u, eta = params[name].flatten(), _of(settings.lr, name)
             M = torch.eye(u.numel()).double() if metric is None else metric(name, params[name], G, c / share)
             inverse[name] = torch.linalg.inv(M)
-            eta_K += eta * G @ inverse[name] @ G.T
+            F = None if sketched is None else sketched(name, params[name], G, metric)
+            eta_K += eta * (G @ inverse[name] @ G.T if F is None else F @ F.T)
             if not settings.decoupled:
                 pull += G @ inverse[name] @ (eta * _of(settings.weight_decay, name) * u)
             if before is not None:
@@ -747,6 +788,7 @@ def step_in_parts(
     buffers: Params | None = None,
     steps_done: int = 0,
     metric: Metric | None = None,
+    sketched: Sketched | None = None,
 ) -> Whole:
     """One step on a batch in parts, (x0, target): those of a rank one after another, the ranks side by side.
 
@@ -763,6 +805,7 @@ def step_in_parts(
         for (x0, target), size in zip(parts, sizes, strict=True):
             seen = None if settings.coupling == "sample" else before
             options = {"share": size / sum(sizes), "metric": copy.deepcopy(metric), "before": seen}
+            options |= {"sketched": sketched, "steps_done": steps_done}
             found = step(stages, params, x0, target, loss, settings, **options)
             results.append(found)
             before = dict(before)

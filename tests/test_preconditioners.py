@@ -60,16 +60,28 @@ class DenseDiagonal(Dense):
 
 
 class DenseFactored(Dense):
+    """sides: name -> roots of M^-1's two sides as `oracle.sketch` takes them, of the metric last made."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sides = {}
+
+    def outer(self, name, row, column, first, second):
+        """M's diagonal as a matrix, from the moments of its sides and the bases of both, I in the order S, C."""
+        floor = self.p.relative_eps**2 * row.mean() + self.p.eps**2
+        rows, columns = ((row + floor) / (row.mean() + floor)).sqrt(), (column + floor).sqrt()
+        self.sides[name] = first @ rows.rsqrt().diag(), second @ columns.rsqrt().diag()
+        return torch.outer(rows, columns)
+
     def __call__(self, name, u, G, c):
         d = (c @ G).reshape(u.shape) + self.weight_decay * u
         if u.dim() < 2:
             v = self.average(name, d**2)
             return (v + self.p.relative_eps**2 * v.mean() + self.p.eps**2).sqrt().diag()
-        square = d.reshape(u.shape[0], -1) ** 2
+        square = d.reshape(*u.shape[:2], -1).transpose(1, 2).flatten(1) ** 2
         row, column = self.average(name + "r", square.mean(1)), self.average(name + "c", square.mean(0))
-        floor = self.p.relative_eps**2 * row.mean() + self.p.eps**2
-        v = torch.outer(row + floor, column + floor) / (row.mean() + floor)
-        return v.sqrt().flatten().diag()
+        m = self.outer(name, row, column, eye(len(row)), eye(len(column)))
+        return m.reshape(len(m), -1, u.shape[1]).transpose(1, 2).flatten().diag()
 
 
 class DenseKronecker(Dense):
@@ -152,8 +164,7 @@ class DenseEigenFactored(DenseFactored):
         by_input = second.reshape(count[2], count[1], -1)
         square = torch.einsum("ocs,op,sci->pi", d, first, by_input) ** 2
         row, column = self.average(name + "r", square.mean(1)), self.average(name + "c", square.mean(0))
-        floor = self.p.relative_eps**2 * row.mean() + self.p.eps**2
-        m = (torch.outer(row + floor, column + floor) / (row.mean() + floor)).sqrt().flatten().diag()
+        m = self.outer(name, row, column, first, second).flatten().diag()
         if self.step == 1 or self.step % self.p.refresh_every == 0:
             self.renewed.append((name, (first, second)))
         U = torch.einsum("op,sci->ocspi", first, by_input).reshape(u.numel(), -1)

@@ -14,15 +14,19 @@ MOMENTS = ("gradient", "value")
 
 @dataclass(frozen=True)
 class Base:
-    """What all have: ``moments``, no work beside the step, and DDPNOpt's lr, beta1 and nesterov where they are None.
+    """What all have: ``moments``, no work beside the step, and what DDPNOpt takes for options that are None.
 
     Attributes:
+        default_sketch: DDPNOpt's sketch where it is None; None: K is exact.
+        sketches: whether M is diagonal on rows and on columns, so that ``diagonals`` of its metric has both.
         needs_samples: whether M is made of the samples' own Q_u, not of the batch's alone.
     """
 
     default_lr: ClassVar[float] = 1.0
     default_beta1: ClassVar[float] = 0.0
     default_nesterov: ClassVar[bool] = False
+    default_sketch: ClassVar[int | None] = None
+    sketches: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
 
     @property

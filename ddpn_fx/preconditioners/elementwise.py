@@ -76,6 +76,7 @@ class Factored(Base):
     bias_correction: bool = True
     moments: str = "gradient"
     default_lr: ClassVar[float] = 0.01
+    sketches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.check(
@@ -129,6 +130,11 @@ class Outer:
     def scale(self) -> Tensor:
         """M's diagonal as a matrix: (O, I)."""
         return self.rows[:, None] * self.columns
+
+    @property
+    def diagonals(self) -> tuple[Tensor, Tensor]:
+        """Of M's two sides: (O,), (I,)."""
+        return self.rows, self.columns
 
     @property
     def sides(self) -> tuple[Map, Map]:

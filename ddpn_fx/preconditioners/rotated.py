@@ -68,6 +68,7 @@ class EigenFactored(Factored):
 
     default_beta1: ClassVar[float] = 0.9
     default_nesterov: ClassVar[bool] = True
+    default_sketch: ClassVar[int | None] = 16
     decay: float = 0.95
     basis_decay: float = 0.95
     refresh_every: int = 10

@@ -170,6 +170,19 @@ class Rule:
         """x (B, P, I) and h (B, R, P, O) of an argument's products; None where its columns are the cheaper way to K."""
         return None
 
+    def at_hand(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """x (B, P, I) and h (B, R, P, O) of an argument's products that need not be made; None where there are none."""
+        return self.factors(argument, blocks)
+
+    def thinned(self, argument: fx.Node, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x times ``right`` (B, P, s) and h (B, R, P, O) without x, where columns are not there and would be dearer.
+
+        Args:
+            argument: one with products.
+            right: (I, s), I in the order S, C (kernel before channels).
+        """
+        return None
+
     def lookups(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """Indices (B, P) and h (B, R, P, O) where x is an index; None where columns are the cheaper way to K."""
         return None

@@ -83,6 +83,10 @@ class Linear(Rule):
         """Inputs and cotangents of the weight."""
         return (self.x, self.h) if self._is_weight(argument) and not self._keeps_columns(blocks) else None
 
+    def at_hand(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+        """Inputs and cotangents of the weight, whether or not its columns are formed."""
+        return (self.x, self.h) if self._is_weight(argument) else None
+
     def form(self, argument: fx.Node, blocks: Blocks) -> None:
         """The weight's, where they are kept."""
         if self._is_weight(argument) and self._keeps_columns(blocks):

@@ -1,0 +1,156 @@
+"""Sketch: K of a weight from a few random combinations of its rows and columns.
+
+K says how much samples share, so it is a matter of inner products between their columns, and these survive a random
+projection (Johnson and Lindenstrauss 1984). For a column ``G_k`` (O, I) of a weight, in coordinates in which the metric
+is ``M = diag(r) (x) diag(c)``,
+
+    F_k = S_0^T diag(r)^-1/2 G_k diag(c)^-1/2 S_1,      (K_t)_kl = <F_k, F_l>  for  <G_k, M^-1 G_l>,
+
+S of s columns with signs +-1/sqrt(s), so that ``E[S S^T] = I``. So K is right in the mean, and positive semidefinite
+always. Were it within a factor of the true K in every direction, the system would lie between those of step sizes
+within this factor, to which it is not sensitive; and the errors of layers, and of steps, are independent. Nothing but
+omega is touched: the direction ``Gamma omega`` and the metric are as they would be.
+
+What it saves is what grows with the weight. A Gram of columns takes N^2 O I products, and one of their sketches
+N^2 s^2. To turn columns, or inputs and cotangents at every position, into the bases of a frame takes the size of a
+basis for each of their elements; here basis, metric and signs are one thin matrix, ``U diag(c)^-1/2 S``, and to
+multiply with that takes s.
+
+A weight with one position a sample needs no columns: its K is a product of two small Grams, and is exact. Its columns
+are of rank one, and of a large batch s^2 combinations of these are too few: trained with sketches the dense networks
+of target.py end a little lower (docs/notes.md).
+
+The signs are a hash of the step's number, the parameter, the side and the entry. So they are others in every step, the
+same on every machine and after a resumption, and no random state of the user's is touched.
+
+Shapes: B batch, R columns, N = B R, P positions; O and I the first dimension of the weight and all others, I in the
+order S, C (kernel before channels), as in :mod:`ddpn_fx.passes.frame`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpn_fx.passes.frame import Frame
+from ddpn_fx.passes.gamma import Gamma
+from ddpn_fx.passes.rules import Blocks
+from ddpn_fx.passes.rules.base import gram_matrix, prefer_grams, product_gram
+
+_MASK = 0xFFFFFFFF
+_FIRST, _SECOND = 0x5BD1E995, 0x2C1B3C6D  # odd and below 2^31: a product with 32 bits stays within int64
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """The sketches of one step.
+
+    Attributes:
+        size: s, at least 1.
+        step: 0-d, the number of steps before this one.
+        dtype: of K.
+    """
+
+    size: int
+    step: Tensor
+    dtype: torch.dtype
+
+    def serves(self, gamma: Gamma, shape: Sequence[int], blocks: Blocks, frame: Frame | None) -> bool:
+        """Whether K of a parameter comes from a sketch: where it would need columns, and that is less work.
+
+        Args:
+            gamma: the parameter's Gamma, in its own coordinates.
+            shape: the parameter's.
+            blocks: the blocks of K.
+            frame: the parameter's, where it has one.
+        """
+        if len(shape) < 2 or gamma.lookups(blocks) is not None:
+            return False
+        o, i = shape[0], math.prod(shape[1:])
+        at_hand = gamma.at_hand(blocks)
+        p = 0 if at_hand is None else at_hand[0].shape[1]
+        if p == 1:
+            return False
+        r, n = blocks.columns, blocks.size
+        count = blocks.batch * r * n  # products of a Gram, for each element of a row
+        so, si = min(o, self.size), min(i, self.size)
+        parts = (0, 0) if frame is None else (_part(frame.rows), _part(frame.columns))
+        turned = r * o * i * sum(parts)
+        thin = r * o * i * si + r * o * si * so
+        grams = count * o * i
+        few = count * so * si
+        if p:
+            turned = min(turned, p * (i * parts[1] + r * o * parts[0]))
+            thin = p * (i * si + r * o * so)
+            grams, few = (_products(p, *sides, blocks) for sides in ((i, o), (si, so)))
+        once = 2 * o * i * sum(parts)  # the directions of the metric and of the step are turned by themselves
+        return blocks.batch * thin + few + once < blocks.batch * turned + grams
+
+    def gram(self, gamma: Gamma, shape: Sequence[int], blocks: Blocks, frame: Frame | None, metric: Any) -> Tensor:
+        """K in blocks, (G, n, n); arguments as :meth:`serves`, ``metric`` that of the parameter or None."""
+        inner = math.prod(shape[2:])
+        rows, columns = (None, None) if metric is None else metric.diagonals
+        if columns is not None and frame is None:
+            columns = columns.reshape(-1, inner).mT.flatten()  # from C, S
+        left = self._side(gamma.name, 0, shape[0], rows, None if frame is None else frame.rows)
+        right = self._side(gamma.name, 1, math.prod(shape[1:]), columns, None if frame is None else frame.columns)
+        at_hand = gamma.at_hand(blocks)
+        if at_hand is not None:
+            x, h = (t.to(self.dtype) for t in at_hand)
+            x = x.unflatten(-1, (-1, inner)).mT.flatten(-2) if inner > 1 else x
+            return product_gram(_times(x, right), _times(h, left), blocks)
+        thinned = None if right is None else gamma.thinned(right)
+        if thinned is not None:
+            return product_gram(thinned[0], _times(thinned[1].to(self.dtype), left), blocks)
+        found = gamma.columns().to(self.dtype)
+        found = found.reshape(*found.shape[:2], *shape[:2], -1).mT.flatten(-2)
+        found = _times(_times(found, right).mT, left)
+        return gram_matrix(blocks.matrix(found))
+
+    def _side(self, name: str, side: int, n: int, scale: Tensor | None, basis: Tensor | None) -> Tensor | None:
+        """``U diag(scale)^-1/2 S``, (n, s); None where it is the identity. A side of at most s elements stays whole."""
+        whole = n <= self.size
+        if whole and scale is None and basis is None:
+            return None
+        signs = torch.eye(n, dtype=self.dtype, device=self.step.device) if whole else self._signs(name, side, n)
+        signs = signs if scale is None else scale.rsqrt()[:, None].to(self.dtype) * signs
+        if basis is None:
+            return signs
+        return (basis @ signs.reshape(*basis.shape[:2], -1)).flatten(0, 1)
+
+    def _signs(self, name: str, side: int, n: int) -> Tensor:
+        """S, (n, s)."""
+        seed = _mixed(self.step.to(torch.int64) + (zlib.crc32(f"{name}/{side}".encode()) >> 1))
+        entries = torch.arange(n * self.size, device=self.step.device).reshape(n, self.size)
+        bits = (_mixed(entries + seed) >> 16) & 1
+        return (1 - 2 * bits).to(self.dtype) * self.size**-0.5
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """32 bits of which each depends on all of x, as hash functions of integers mix them: shifts and odd factors."""
+    x = ((x ^ (x >> 16)) * _FIRST) & _MASK
+    x = ((x ^ (x >> 13)) * _SECOND) & _MASK
+    return x ^ (x >> 16)
+
+
+def _times(t: Tensor, side: Tensor | None) -> Tensor:
+    """(..., n) times (n, s), as one product."""
+    return t if side is None else (t.reshape(-1, t.shape[-1]) @ side).reshape(*t.shape[:-1], -1)
+
+
+def _part(basis: Tensor | None) -> int:
+    return 0 if basis is None else basis.shape[-1]
+
+
+def _products(p: int, i: int, o: int, blocks: Blocks) -> int:
+    """Products of :func:`~ddpn_fx.passes.rules.base.product_gram`, for all blocks."""
+    g, r = blocks.group, blocks.columns
+    if prefer_grams(p, i, o, g, r):
+        return blocks.count * (g * p) ** 2 * (i + r * r * o + r * r)
+    return blocks.count * (g * r * p * i * o + (g * r) ** 2 * i * o)

@@ -1,0 +1,421 @@
+"""K from sketches: the oracle's step with the same signs, right in the mean, and where they are taken."""
+
+import copy
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ddpn_fx
+from ddpn_fx.passes.rules import Blocks
+from ddpn_fx.passes.rules.base import gram_matrix
+from ddpn_fx.passes.sketch import Sketch
+from ddpn_fx.preconditioners import EigenFactored, Factored
+from tests import oracle
+from tests.harness import close, close_to_scale
+from tests.models import case
+from tests.test_preconditioners import DENSE, TURNS
+
+Settings = oracle.Settings
+SIZE = 2
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Sketches wherever K would need columns, whatever they cost; which parameters these are."""
+    found = {}
+
+    def serves(self, gamma, shape, blocks, frame):
+        at_hand = gamma.at_hand(blocks)
+        one = at_hand is not None and at_hand[0].shape[1] == 1
+        found[gamma.name] = len(shape) > 1 and gamma.lookups(blocks) is None and not one
+        return found[gamma.name]
+
+    monkeypatch.setattr(Sketch, "serves", serves)
+    return found
+
+
+# --- the oracle -----------------------------------------------------------------------------------------------------
+
+
+def identity_sides(u):
+    """Roots of the identity."""
+    return torch.eye(u.shape[0]).double(), torch.eye(u[0].numel()).double()
+
+
+def compare(name, settings, served, *, preconditioner=None, steps=2, backend="eager", parts=1, batch=4, tolerance=1e-8):
+    model_case = case(name)
+    module = model_case.model()
+    inputs, target = model_case.sample(batch)
+    net = ddpn_fx.compile(copy.deepcopy(module), loss=model_case.loss.call, backend=backend)
+    given = {k: v for k, v in vars(settings).items() if v != getattr(Settings(), k)}
+    given |= {"beta1": settings.beta1, "nesterov": settings.nesterov, "sketch": SIZE, "accumulate": parts}
+    opt = ddpn_fx.DDPNOpt(net, preconditioner=preconditioner or "identity", **given)
+    params, buffers, metric = {n: p.detach().clone() for n, p in module.named_parameters()}, None, None
+    if preconditioner is not None:
+        metric = DENSE[type(preconditioner)](preconditioner, 0.0 if settings.decoupled else settings.weight_decay)
+        metric.bases = {}
+    bounds = [batch * k // parts for k in range(parts + 1)]
+    for step in range(steps):
+
+        def sketched(n, u, G, own, step=step):
+            if not served[n]:
+                return None
+            left, right = identity_sides(u) if own is None else own.sides[n]
+            return oracle.sketch(n, G, u, left, right, SIZE, step)
+
+        options = {"buffers": buffers, "steps_done": step, "sketched": sketched, "metric": metric}
+        if metric is not None:
+            metric.step = step + 1
+        loss = opt.train_step(inputs, target)
+        if parts == 1:
+            want = oracle.step(model_case.stages(), params, inputs, target, model_case.loss, settings, **options)
+        else:
+            cut = [(tuple(x[i:j] for x in inputs), target[i:j]) for i, j in pairwise(bounds)]
+            want = oracle.step_in_parts(model_case.stages(), params, [cut], model_case.loss, settings, **options)
+        close(loss, want.loss, tolerance, "loss")
+        assert not opt.stats["skipped"]
+        for n, p in net.named_parameters():
+            close_to_scale(p.detach(), want.params[n], want.du[n], tolerance, f"step {step}, {n}")
+        close(opt.stats["predicted_decrease"], want.predicted_decrease, 1e2 * tolerance, "decrease")
+        if settings.rank is not None:  # else y is in a basis of the program's choice
+            close(opt.stats["max_y"], want.max_y, 1e2 * tolerance, "max |y|")
+        if metric is not None:
+            metric.adopt({n: opt.state[p] for n, p in net.named_parameters()})
+        params, buffers = want.params, want.buffers
+    assert any(served.values()), "nothing was sketched"
+    return net, opt
+
+
+SETTINGS = {
+    "default": Settings(lr=0.05),
+    "nonlinear": Settings(lr=0.05, rollout="nonlinear"),
+    "groups, gain": Settings(lr=0.05, coupling=3, gain=0.7, terminal="residual"),
+    "full rank, decay, momentum": Settings(lr=0.05, rank=None, weight_decay=0.02, momentum=0.8),
+    "decoupled, Nesterov": Settings(lr=0.05, weight_decay=0.02, decoupled=True, beta1=0.7, nesterov=True),
+    "sample": Settings(lr=0.05, coupling="sample"),
+    "paper's Q_uu": Settings(lr=0.05, quu="preconditioner"),
+}
+METRICS = {
+    "identity": None,
+    "factored": Factored(decay=0.9, eps=1e-3),
+    "eigen-factored": EigenFactored(**TURNS, max_cost=9.0),
+    "eigen-factored, parts": EigenFactored(**TURNS, max_size=3),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_step_is_the_oracles(metric, settings, served):
+    compare("cnn", SETTINGS[settings], served, preconditioner=METRICS[metric])
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "attention-pooled", "segmenter", "cnn-groupnorm", "tied-embedding", "looped", "bare"]
+)
+@pytest.mark.parametrize("metric", METRICS)
+def test_of_other_models(metric, name, served):
+    compare(name, SETTINGS["default"], served, preconditioner=METRICS[metric])
+
+
+@pytest.mark.parametrize("metric", ["identity", "eigen-factored"])
+def test_of_parts(metric, served):
+    compare("cnn", Settings(lr=0.05), served, preconditioner=METRICS[metric], parts=2, batch=6)
+
+
+def test_compiled(served):
+    compare("cnn", Settings(lr=0.05), served, preconditioner=METRICS["eigen-factored"], backend="inductor", steps=4)
+
+
+# --- convolutions without columns -----------------------------------------------------------------------------------
+
+
+def wide_stages():
+    """conv (stride, padding, dilation) - tanh - conv - tanh - global average - linear."""
+
+    def first(p, x):
+        return (torch.tanh(F.conv2d(x[0], p["0.weight"], p["0.bias"], stride=2, padding=(2, 1), dilation=(2, 1))),)
+
+    def second(p, x):
+        return (torch.tanh(F.conv2d(x[0], p["2.weight"], p["2.bias"], padding=1)).mean((2, 3)),)
+
+    names = [tuple(f"{n}.{kind}" for kind in ("weight", "bias")) for n in (0, 2, 6)]
+    last = oracle.Stage(names[2], lambda p, x: (F.linear(x[0], p["6.weight"], p["6.bias"]),))
+    return [oracle.Stage(names[0], first), oracle.Stage(names[1], second), last]
+
+
+def wide():
+    """Convolutions of more outputs than a sketch has."""
+    return nn.Sequential(
+        *(nn.Conv2d(2, 7, 3, stride=2, padding=(2, 1), dilation=(2, 1)), nn.Tanh()),
+        *(nn.Conv2d(7, 6, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+    )
+
+
+def one_step(make, sketch=SIZE, dtype=torch.float64, **options):
+    """(net, opt) after a step on 4 images of 2x8x8."""
+    torch.manual_seed(0)
+    net = ddpn_fx.compile(make().to(dtype), loss=F.cross_entropy, backend="eager")
+    opt = ddpn_fx.DDPNOpt(net, sketch=sketch, **options)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 2, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    opt.train_step(x, torch.tensor([0, 1, 2, 1]))
+    return net, opt
+
+
+def operators(opt):
+    """Names of the operators in a step's program, with how often."""
+    (lowered,) = opt._programs.values()
+    nodes = [n for n in lowered.module.graph.nodes if n.op == "call_function"]
+    names = [str(n.target) for n in nodes]
+    return {name: names.count(name) for name in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_a_metric_wide_convolutions_have_no_columns(dtype, served):
+    torch.manual_seed(0)
+    module = wide().double()
+    inputs = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    params = {n: p.detach().clone() for n, p in module.named_parameters()}
+    net, opt = one_step(wide, dtype=dtype)
+    want = oracle.step(
+        *(wide_stages(), params, (inputs,), torch.tensor([0, 1, 2, 1])),
+        *(oracle.Loss("cross_entropy", F.cross_entropy), Settings()),
+        sketched=lambda n, u, G, _: oracle.sketch(n, G, u, *identity_sides(u), SIZE, 0) if served[n] else None,
+    )
+    for n, p in net.named_parameters():
+        tolerance = 1e-8 if dtype == torch.float64 else 1e-4
+        close_to_scale(p.detach().double(), want.params[n], want.du[n], tolerance, n)
+    assert [n for n, s in served.items() if s] == ["2.weight", "0.weight"]
+    assert operators(opt)["aten.convolution.default"] == 4  # two of the model, one for each sketch
+    assert not any("weight_columns" in name for name in operators(opt))
+    exact = operators(one_step(wide, 0, dtype)[1])
+    assert exact["ddpn_fx.conv2d_weight_columns.default"] == 2
+
+
+def test_beside_a_metric_columns_serve_the_directions_too(served):
+    found = operators(one_step(wide, preconditioner="eigen-factored")[1])
+    assert found["ddpn_fx.conv2d_weight_columns.default"] == 2
+    assert found["aten.convolution.default"] == 2
+
+
+# --- in the mean ----------------------------------------------------------------------------------------------------
+
+
+class Columns:
+    """A Gamma that has columns alone."""
+
+    name = "weight"
+
+    def __init__(self, columns):
+        self._columns = columns
+
+    def columns(self):
+        return self._columns
+
+    def at_hand(self, blocks):
+        return None
+
+    def thinned(self, right):
+        return None
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (3, 11), (11, 3), (5, 2, 2, 2)])
+def test_k_is_right_in_the_mean(shape):
+    columns = torch.randn(5, 1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    blocks = Blocks(5, 1, 5)
+    exact, size, count = gram_matrix(blocks.matrix(columns)), 4, 3000
+    found = torch.stack(
+        [
+            Sketch(size, torch.tensor(float(step)), torch.float64).gram(Columns(columns), shape, blocks, None, None)
+            for step in range(count)
+        ]
+    )
+    assert (torch.linalg.eigvalsh(found) > -1e-9 * exact.max()).all()
+    error = (found.mean(0) - exact) / (found.std(0) / count**0.5)
+    assert error.abs().max() < 4.5  # standard errors, of 25 entries
+    assert (found.std(0) > 0.1 * exact.max()).any()  # it is random at all
+
+
+@pytest.mark.parametrize("n", [17, 256])
+def test_signs(n):
+    drawn = []
+    for step in range(200):
+        sketch = Sketch(8, torch.tensor(step), torch.float64)
+        drawn.append(sketch._signs("a.weight", 0, n) * 8**0.5)
+        if step < 2:
+            want = oracle.signs("a.weight", 0, n, 8, step) * 8**0.5
+            torch.testing.assert_close(drawn[-1], want, rtol=0, atol=1e-12)
+    drawn = torch.stack(drawn)
+    others = torch.stack([Sketch(8, torch.tensor(s), torch.float64)._signs("b.weight", 0, n) for s in range(200)])
+    assert (drawn.abs() - 1).abs().max() < 1e-12
+    flat = drawn.flatten(1)
+    for a, b in ((flat[1:], flat[:-1]), (flat, others.flatten(1) * 8**0.5), (flat[:, 1:], flat[:, :-1])):
+        assert abs(float((a * b).mean())) < 4.5 / a.numel() ** 0.5
+    assert abs(float(drawn.mean())) < 4.5 / drawn.numel() ** 0.5
+
+
+# --- where ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Dense layers over 32 positions and one after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(48, 96), nn.Linear(96, 48), nn.Linear(48, 5)
+
+    def forward(self, x):
+        return self.c((x + self.b(torch.tanh(self.a(x)))).mean(1))
+
+
+def sequences(generator=None):
+    """A batch for Block."""
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.randn(16, 32, 48, generator=generator), torch.randint(5, (16,), generator=generator)
+
+
+def trained(make=Block, steps=3, **options):
+    torch.manual_seed(0)
+    net = ddpn_fx.compile(make(), loss=F.cross_entropy, backend="eager")
+    opt = ddpn_fx.DDPNOpt(net, **options)
+    for _ in range(steps):
+        opt.train_step(*sequences())
+    return net, opt
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def sketched(net):
+    (program,) = ddpn_fx.explain(net).programs
+    return set(program.sketched)
+
+
+def test_the_eigen_factored_metric_sketches_weights_with_positions():
+    net, opt = trained(preconditioner="eigen-factored")
+    assert opt.sketch == 16
+    assert sketched(net) == {"a.weight", "b.weight"}
+    assert "K from 16 random combinations of rows and of columns: " in str(ddpn_fx.explain(net))
+    exact, _ = trained(preconditioner="eigen-factored", sketch=0)
+    assert sketched(exact) == set()
+    assert "random combinations" not in str(ddpn_fx.explain(exact))
+    assert not torch.equal(weights(net), weights(exact))
+    again, _ = trained(preconditioner="eigen-factored", sketch=16)
+    assert torch.equal(weights(net), weights(again))
+
+
+def test_other_metrics_are_exact():
+    for preconditioner in ("identity", "factored", "diagonal", "kronecker"):
+        net, opt = trained(steps=1, preconditioner=preconditioner)
+        assert opt.sketch is None
+        assert sketched(net) == set()
+
+
+def test_dense_networks_are_exact():
+    def make():
+        return nn.Sequential(nn.Linear(48, 300), nn.Tanh(), nn.Linear(300, 5))
+
+    found = []
+    for size in (None, 0, 2):
+        torch.manual_seed(0)
+        net = ddpn_fx.compile(make(), loss=F.cross_entropy, backend="eager")
+        opt = ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored", sketch=size)
+        generator = torch.Generator().manual_seed(0)
+        opt.train_step(torch.randn(64, 48, generator=generator), torch.randint(5, (64,), generator=generator))
+        assert sketched(net) == set()
+        found.append(weights(net))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_sketch_that_is_no_less_work_is_not_taken():
+    assert sketched(trained(steps=1, sketch=4)[0]) == {"a.weight", "b.weight"}
+    assert sketched(trained(steps=1, sketch=96)[0]) == set()
+
+
+def test_the_step_says_that_it_was_skipped_where_a_batch_is_not_finite():
+    net, opt = trained(preconditioner="eigen-factored")
+    before = weights(net)
+    x, y = sequences()
+    opt.train_step(x * float("nan"), y)
+    assert opt.stats["skipped"]
+    assert torch.equal(weights(net), before)
+
+
+@pytest.mark.parametrize("preconditioner", ["identity", "eigen-factored"])
+def test_a_training_goes_on_with_the_same_signs(preconditioner):
+    options = {"preconditioner": preconditioner, "sketch": 4}
+    whole, _ = trained(steps=6, **options)
+    net, opt = trained(steps=3, **options)
+    assert sketched(net)
+    for resumed in (_loaded(net, opt, options), pickle.loads(pickle.dumps(opt))):
+        for _ in range(3):
+            resumed.train_step(*sequences())
+        assert torch.equal(weights(resumed.net), weights(whole))
+
+
+def _loaded(net, opt, options):
+    other = ddpn_fx.compile(Block(), loss=F.cross_entropy, backend="eager")
+    other.load_state_dict(net.state_dict())
+    fresh = ddpn_fx.DDPNOpt(other, **options)
+    fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
+    return fresh
+
+
+def test_no_random_state_is_touched():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    net = ddpn_fx.compile(Block(), loss=F.cross_entropy, backend="eager")
+    torch.set_rng_state(before)
+    ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored").train_step(*sequences())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("preconditioner", ["identity", "factored", "eigen-factored"])
+def test_it_trains_as_the_exact_one(preconditioner):
+    lr = {"identity": 1.0}.get(preconditioner, 0.01)
+
+    def ends(sketch):
+        torch.manual_seed(0)
+        net = ddpn_fx.compile(Block(), loss=F.cross_entropy)
+        opt = ddpn_fx.DDPNOpt(net, lr, preconditioner=preconditioner, sketch=sketch)
+        generator = torch.Generator().manual_seed(2)
+        teacher = torch.randn(48, 5, generator=generator)
+        for _ in range(60):
+            x, _ = sequences(generator)
+            loss = opt.train_step(x, ((x**2).mean(1) @ teacher).argmax(1))
+        return float(loss)
+
+    exact, found = ends(0), ends(16)
+    assert exact != found
+    assert found < 1.25 * exact + 0.02
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.0, True, "16"])
+def test_a_wrong_size_is_named(wrong):
+    net = ddpn_fx.compile(Block(), loss=F.cross_entropy)
+    with pytest.raises(ValueError, match=r"sketch=.* must be a number of random combinations"):
+        ddpn_fx.DDPNOpt(net, sketch=wrong)
+
+
+@pytest.mark.parametrize("preconditioner", ["diagonal", "kronecker", "eigen-kronecker"])
+def test_a_metric_without_diagonal_sides_is_named(preconditioner):
+    net = ddpn_fx.compile(Block(), loss=F.cross_entropy)
+    with pytest.raises(ValueError, match=r"sketch=8 needs a metric .*: take 'identity', 'factored'"):
+        ddpn_fx.DDPNOpt(net, preconditioner=preconditioner, sketch=8)
+    assert ddpn_fx.DDPNOpt(net, preconditioner=preconditioner, sketch=0).sketch is None
+
+
+def test_conjugate_gradients_have_no_k_to_sketch():
+    net = ddpn_fx.compile(Block(), loss=F.cross_entropy)
+    with pytest.raises(ValueError, match=r"cg_iterations=3 solves without K, .*sketch=8 out"):
+        ddpn_fx.DDPNOpt(net, cg_iterations=3, sketch=8)
+    assert ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored", cg_iterations=3).sketch is None
