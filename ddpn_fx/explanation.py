@@ -124,7 +124,9 @@ class Explanation:
             lines += [f"  {_pass_line(each)}" for each in program.passes]
             if program.sketched:
                 size, names = program.mode["sketch"], _cut_short(", ".join(program.sketched))
-                lines.append(f"     K from {size} random combinations of rows and of columns: {names}")
+                lines.append(
+                    f"     K from random combinations of rows and of columns, at least {size} of each: {names}"
+                )
         lines += ["", "What the fast path does not cover", *(self.limits() or ["  nothing"])]
         return "\n".join(lines)
 

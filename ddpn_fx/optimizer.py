@@ -75,10 +75,10 @@ class DDPNOpt(Optimizer):
             direction. One of the two must be set. None: the metric's own, True in ``"eigen-factored"`` with a beta1 and
             False in the others.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
-        sketch: K of a weight with several positions a sample from s x s random combinations of its rows and columns
-            (:mod:`ddpn_fx.passes.sketch`), where that is less work: right in the mean, and in the metric as good as
-            exact from 8 on. 0: exact. None: the metric's own, 16 in ``"eigen-factored"`` and exact in the others. For
-            the identity and the factored metrics.
+        sketch: K of a weight with several positions a sample from so many random combinations of its rows and of its
+            columns (:mod:`ddpn_fx.passes.sketch`), where that is less work; more where s^2 is less than a block has
+            samples. Right in the mean, and as good as exact in training. 0: exact. None: the metric's own, 16 in
+            ``"eigen-factored"`` and 0 in the others. For the identity and the factored metrics.
         accumulate: how many parts the batch of a step comes in, one after another, so that memory is for one at a time:
             ``train_step`` cuts its batch; the usual loop has so many ``backward()`` before a ``step()``, each of its
             loss divided by this number. A part reacts to what those before it will change

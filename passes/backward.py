@@ -212,8 +212,8 @@ class _Recursion:
         self.sites = {} if mode.preconditioner is None else sites(chain, self.params)
         self.group = dict(mode.group)
         self._gradient: dict[str, Tensor] = {}  # Gamma b_T, for conjugate gradients in a metric
-        size = mode.sketch
-        self._sketch = None if size is None else Sketch(size, state["step"], linear.gammas.dtype)
+        least, dtype = mode.sketch, linear.gammas.dtype
+        self._sketch = None if least is None else Sketch.of(least, linear.blocks, state["step"], dtype)
 
     def open_loop(self, pulled: Iterator[Stage]) -> None:
         """Q_ux = 0: the metrics alone."""

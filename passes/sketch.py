@@ -16,9 +16,11 @@ N^2 s^2. To turn columns, or inputs and cotangents at every position, into the b
 basis for each of their elements; here basis, metric and signs are one thin matrix, ``U diag(c)^-1/2 S``, and to
 multiply with that takes s.
 
-A weight with one position a sample needs no columns: its K is a product of two small Grams, and is exact. Its columns
-are of rank one, and of a large batch s^2 combinations of these are too few: trained with sketches the dense networks
-of target.py end a little lower (docs/notes.md).
+A sketch of one weight has s^2 numbers a column, so its part of K is of rank s^2 at most. Where a block has more columns
+than that, s is doubled until it has not.
+
+A weight with one position a sample needs no columns: its K is a product of two small Grams, and is exact. Trained with
+sketches in their place the dense networks of target.py end a little lower (docs/notes.md).
 
 The signs are a hash of the step's number, the parameter, the side and the entry. So they are others in every step, the
 same on every machine and after a resumption, and no random state of the user's is touched.
@@ -60,6 +62,14 @@ class Sketch:
     size: int
     step: Tensor
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, least: int, blocks: Blocks, step: Tensor, dtype: torch.dtype) -> Sketch:
+        """With ``least``, or as many more combinations as a block of so many columns asks for."""
+        size = least
+        while size * size < blocks.size:
+            size *= 2
+        return cls(size, step, dtype)
 
     def serves(self, gamma: Gamma, shape: Sequence[int], blocks: Blocks, frame: Frame | None) -> bool:
         """Whether K of a parameter comes from a sketch: where it would need columns, and that is less work.

@@ -46,6 +46,15 @@ def identity_sides(u):
     return torch.eye(u.shape[0]).double(), torch.eye(u[0].numel()).double()
 
 
+def size_of(settings, columns, each):
+    """Combinations for a block: at least SIZE, doubled until their square is its columns, of ``each`` a sample."""
+    group = {"batch": columns, "sample": each}.get(settings.coupling) or settings.coupling * each
+    size = SIZE
+    while size**2 < group:
+        size *= 2
+    return size
+
+
 def compare(name, settings, served, *, preconditioner=None, steps=2, backend="eager", parts=1, batch=4, tolerance=1e-8):
     model_case = case(name)
     module = model_case.model()
@@ -65,7 +74,7 @@ def compare(name, settings, served, *, preconditioner=None, steps=2, backend="ea
             if not served[n]:
                 return None
             left, right = identity_sides(u) if own is None else own.sides[n]
-            return oracle.sketch(n, G, u, left, right, SIZE, step)
+            return oracle.sketch(n, G, u, left, right, size_of(settings, len(G), parts * len(G) // batch), step)
 
         options = {"buffers": buffers, "steps_done": step, "sketched": sketched, "metric": metric}
         if metric is not None:
@@ -240,6 +249,13 @@ def test_k_is_right_in_the_mean(shape):
     assert (found.std(0) > 0.1 * exact.max()).any()  # it is random at all
 
 
+@pytest.mark.parametrize(
+    ("batch", "columns", "group", "size"), [(16, 1, 16, 4), (17, 1, 17, 8), (33, 2, 33, 16), (33, 2, 4, 4)]
+)
+def test_a_large_block_has_more(batch, columns, group, size):
+    assert Sketch.of(4, Blocks(batch, columns, group), torch.tensor(0), torch.float32).size == size
+
+
 @pytest.mark.parametrize("n", [17, 256])
 def test_signs(n):
     drawn = []
@@ -300,7 +316,7 @@ def test_the_eigen_factored_metric_sketches_weights_with_positions():
     net, opt = trained(preconditioner="eigen-factored")
     assert opt.sketch == 16
     assert sketched(net) == {"a.weight", "b.weight"}
-    assert "K from 16 random combinations of rows and of columns: " in str(ddpn_fx.explain(net))
+    assert "K from random combinations of rows and of columns, at least 16 of each: " in str(ddpn_fx.explain(net))
     exact, _ = trained(preconditioner="eigen-factored", sketch=0)
     assert sketched(exact) == set()
     assert "random combinations" not in str(ddpn_fx.explain(exact))

@@ -13,10 +13,10 @@ in torch's allocations during one step, beside the weights, the optimizer's stat
     python examples/bench/step.py --models mlp --depth 8 --width 256
     python examples/bench/step.py --models all --device cuda --mode reduce-overhead
 
-`--methods` are of: default, nonlinear, rank2, full, diagonal, factored, eigen-factored, kronecker, eigen-kronecker,
-groups, cg, eigen-factored-cg, open, usual-loop and eigen-factored-usual-loop (`loss.backward(); opt.step()` where the
-others call `train_step`), sgd (the usual loop), adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all
-figures as JSON and the table as Markdown.
+`--methods` are of: default, sketch, nonlinear, rank2, full, diagonal, factored, eigen-factored, eigen-factored-exact
+(without sketches), kronecker, eigen-kronecker, groups, cg, eigen-factored-cg, open, usual-loop and
+eigen-factored-usual-loop (`loss.backward(); opt.step()` where the others call `train_step`), sgd (the usual loop), adam,
+muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as Markdown.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ RUN = 10  # steps in a row, as a training takes them
 TURNED: dict[str, Any] = {"preconditioner": "eigen-factored"}  # with its own averages: beta1 0.9, Nesterov's form
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
+    "sketch": {"sketch": 16},
     "nonlinear": {"rollout": "nonlinear"},
     "rank2": {"rank": 2},
     "full": {"rank": None},
     "diagonal": {"preconditioner": "diagonal"},
     "factored": {"preconditioner": "factored"},
     "eigen-factored": TURNED,
+    "eigen-factored-exact": TURNED | {"sketch": 0},
     "kronecker": {"preconditioner": "kronecker"},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker"},
     "groups": {"coupling": 64},  # the numbers of these three may come from the command line
