@@ -13,8 +13,8 @@ in torch's allocations during one step, beside the weights, the optimizer's stat
     python examples/bench/step.py --models mlp --depth 8 --width 256
     python examples/bench/step.py --models all --device cuda --mode reduce-overhead
 
-`--methods` are of: default, sketch, nonlinear, rank2, full, diagonal, factored, eigen-factored, eigen-factored-exact
-(without sketches), kronecker, eigen-kronecker, groups, cg, eigen-factored-cg, open, usual-loop and
+`--methods` are of: default, sketch, nonlinear, rank2, full, diagonal, factored, eigen-factored, kronecker,
+eigen-kronecker, eigen-factored-exact (without sketches), groups, cg, eigen-factored-cg, open, usual-loop and
 eigen-factored-usual-loop (`loss.backward(); opt.step()` where the others call `train_step`), sgd (the usual loop), adam,
 muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as Markdown.
 """
