@@ -313,7 +313,8 @@ class _Recursion:
     def _direction(self, gamma: Gamma, b: Tensor) -> Tensor:
         """Gamma b, by the columns where K is formed of them; conjugate gradients start from it, and so it is kept."""
         if self.mode.feedback and self.mode.forms_grams:
-            gamma.form(self.linear.blocks)
+            size = None if self._sketch is None or gamma.name not in self.linear.sketched else self._sketch.size
+            gamma.form(self.linear.blocks, size)
         direction = gamma.contract(b)
         if self.mode.iterations is not None:
             self._gradient[gamma.name] = direction

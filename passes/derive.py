@@ -290,20 +290,22 @@ class TwinGamma(Gamma):
             return super().gram(blocks, metric)
         return self._run(("gram", blocks), lambda: self._traced.gram(blocks))
 
-    def form(self, blocks: Blocks) -> None:
+    def form(self, blocks: Blocks, sketch: int | None = None) -> None:
         """Form the columns now, where these are the cheaper way to K."""
-        self._run(("form", blocks), lambda: self._traced.form(blocks))
+        self._run(("form", blocks, sketch), lambda: self._traced.form(blocks, sketch))
 
     def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """x and h of one use that is a product of both, where they are the cheaper way to K."""
         return self._run(("factors", blocks), lambda: self._traced.factors(blocks))
 
-    def at_hand(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
-        """x and h of one use, where they need not be made."""
-        return self._run(("at_hand", blocks), lambda: self._traced.at_hand(blocks))
+    def positions_of(self) -> int:
+        """P of one use that is a sum of products."""
+        return self._traced.positions_of()
 
-    def thinned(self, right: Tensor) -> tuple[Tensor, Tensor] | None:
+    def thinned(self, right: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """x times ``right``, and h, of one use."""
+        if right is None:
+            return self._run("thin", lambda: self._traced.thinned(None))
         return self._run("thinned", self._traced.thinned, right)
 
     def lookups(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:

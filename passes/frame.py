@@ -108,10 +108,10 @@ class FramedGamma(Gamma):
         """Gamma in the parameter's own coordinates."""
         return self._gamma
 
-    def form(self, blocks: Blocks) -> None:
+    def form(self, blocks: Blocks, sketch: int | None = None) -> None:
         """Nothing is formed ahead where K and both contractions share what is turned, and it alone."""
         if self._blocks is None:
-            self._gamma.form(blocks)
+            self._gamma.form(blocks, sketch)
 
     def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """x U_1 (B, P, I) and h U_0 (B, R, P, O) of one use that is a product, where they are the cheaper way to K."""

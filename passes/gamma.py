@@ -89,11 +89,11 @@ class Gamma:
         """Gamma in the parameter's own coordinates."""
         return self
 
-    def form(self, blocks: Blocks) -> None:
+    def form(self, blocks: Blocks, sketch: int | None = None) -> None:
         """Form the columns of one use now, where these are the cheaper way to K (:meth:`~rules.Rule.form`)."""
         (entry, *others) = self.entries
         if not others and entry.argument.op == "placeholder":
-            entry.rule.form(entry.argument, blocks)
+            entry.rule.form(entry.argument, blocks, sketch)
 
     def factors(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """x and h of one use that is a product of both, where they are the cheaper way to K."""
@@ -102,15 +102,15 @@ class Gamma:
             return None
         return None if others or entry.argument.op != "placeholder" else entry.rule.factors(entry.argument, blocks)
 
-    def at_hand(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
-        """As :meth:`ddpn_fx.passes.rules.Rule.at_hand`, of one use; None of several."""
+    def positions_of(self) -> int:
+        """As :meth:`ddpn_fx.passes.rules.Rule.positions_of`, of one use; 0 of several."""
         (entry, *others) = self.entries
-        return None if others or entry.argument.op != "placeholder" else entry.rule.at_hand(entry.argument, blocks)
+        return 0 if others or entry.argument.op != "placeholder" else entry.rule.positions_of(entry.argument)
 
-    def thinned(self, right: Tensor) -> tuple[Tensor, Tensor] | None:
-        """As :meth:`ddpn_fx.passes.rules.Rule.thinned`, of one use; None of several."""
-        (entry, *others) = self.entries
-        return None if others or entry.argument.op != "placeholder" else entry.rule.thinned(entry.argument, right)
+    def thinned(self, right: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """As :meth:`ddpn_fx.passes.rules.Rule.thinned`, of one use with :meth:`positions_of`."""
+        (entry,) = self.entries
+        return entry.rule.thinned(entry.argument, right)
 
     def lookups(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """Index and h of one use that looks its argument up, where they are the cheaper way to K."""

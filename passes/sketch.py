@@ -82,24 +82,18 @@ class Sketch:
         """
         if len(shape) < 2 or gamma.lookups(blocks) is not None:
             return False
-        o, i = shape[0], math.prod(shape[1:])
-        at_hand = gamma.at_hand(blocks)
-        p = 0 if at_hand is None else at_hand[0].shape[1]
+        p = gamma.positions_of()
         if p == 1:
             return False
-        r, n = blocks.columns, blocks.size
-        count = blocks.batch * r * n  # products of a Gram, for each element of a row
+        (o, i), r, n = (shape[0], math.prod(shape[1:])), blocks.columns, blocks.size
         so, si = min(o, self.size), min(i, self.size)
-        parts = (0, 0) if frame is None else (_part(frame.rows), _part(frame.columns))
-        turned = r * o * i * sum(parts)
-        thin = r * o * i * si + r * o * si * so
-        grams = count * o * i
-        few = count * so * si
+        for_h, for_x = (0, 0) if frame is None else (_part(frame.rows), _part(frame.columns))
+        turned, thin = r * o * i * (for_x + for_h), r * o * si * (i + so)
+        grams, few = (blocks.batch * r * n * sides for sides in (o * i, so * si))
         if p:
-            turned = min(turned, p * (i * parts[1] + r * o * parts[0]))
-            thin = p * (i * si + r * o * so)
+            turned, thin = min(turned, p * (i * for_x + r * o * for_h)), min(thin, p * (i * si + r * o * so))
             grams, few = (_products(p, *sides, blocks) for sides in ((i, o), (si, so)))
-        once = 2 * o * i * sum(parts)  # the directions of the metric and of the step are turned by themselves
+        once = 2 * o * i * (for_x + for_h)  # the directions of the metric and of the step are turned by themselves
         return blocks.batch * thin + few + once < blocks.batch * turned + grams
 
     def gram(self, gamma: Gamma, shape: Sequence[int], blocks: Blocks, frame: Frame | None, metric: Any) -> Tensor:
@@ -110,18 +104,13 @@ class Sketch:
             columns = columns.reshape(-1, inner).mT.flatten()  # from C, S
         left = self._side(gamma.name, 0, shape[0], rows, None if frame is None else frame.rows)
         right = self._side(gamma.name, 1, math.prod(shape[1:]), columns, None if frame is None else frame.columns)
-        at_hand = gamma.at_hand(blocks)
-        if at_hand is not None:
-            x, h = (t.to(self.dtype) for t in at_hand)
-            x = x.unflatten(-1, (-1, inner)).mT.flatten(-2) if inner > 1 else x
-            return product_gram(_times(x, right), _times(h, left), blocks)
-        thinned = None if right is None else gamma.thinned(right)
+        thinned = gamma.thinned(right) if gamma.positions_of() else None
         if thinned is not None:
-            return product_gram(thinned[0], _times(thinned[1].to(self.dtype), left), blocks)
+            x, h = (t.to(self.dtype) for t in thinned)
+            return product_gram(x, _times(h, left), blocks)
         found = gamma.columns().to(self.dtype)
         found = found.reshape(*found.shape[:2], *shape[:2], -1).mT.flatten(-2)
-        found = _times(_times(found, right).mT, left)
-        return gram_matrix(blocks.matrix(found))
+        return gram_matrix(blocks.matrix(_times(_times(found, right).mT, left)))
 
     def _side(self, name: str, side: int, n: int, scale: Tensor | None, basis: Tensor | None) -> Tensor | None:
         """``U diag(scale)^-1/2 S``, (n, s); None where it is the identity. A side of at most s elements stays whole."""

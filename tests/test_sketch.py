@@ -29,9 +29,7 @@ def served(monkeypatch):
     found = {}
 
     def serves(self, gamma, shape, blocks, frame):
-        at_hand = gamma.at_hand(blocks)
-        one = at_hand is not None and at_hand[0].shape[1] == 1
-        found[gamma.name] = len(shape) > 1 and gamma.lookups(blocks) is None and not one
+        found[gamma.name] = len(shape) > 1 and gamma.lookups(blocks) is None and gamma.positions_of() != 1
         return found[gamma.name]
 
     monkeypatch.setattr(Sketch, "serves", serves)
@@ -205,10 +203,13 @@ def test_without_a_metric_wide_convolutions_have_no_columns(dtype, served):
     assert exact["ddpn_fx.conv2d_weight_columns.default"] == 2
 
 
-def test_beside_a_metric_columns_serve_the_directions_too(served):
+def test_columns_stay_where_a_sketch_is_no_less(served):
     found = operators(one_step(wide, preconditioner="eigen-factored")[1])
-    assert found["ddpn_fx.conv2d_weight_columns.default"] == 2
-    assert found["aten.convolution.default"] == 2
+    assert found["aten.convolution.default"] == 4
+    assert not any("weight_columns" in name for name in found)
+    found = operators(one_step(wide, 4, preconditioner="eigen-factored")[1])
+    assert found["aten.convolution.default"] == 3
+    assert found["ddpn_fx.conv2d_weight_columns.default"] == 1  # of two channels, for K and both directions
 
 
 # --- in the mean ----------------------------------------------------------------------------------------------------
@@ -225,11 +226,8 @@ class Columns:
     def columns(self):
         return self._columns
 
-    def at_hand(self, blocks):
-        return None
-
-    def thinned(self, right):
-        return None
+    def positions_of(self):
+        return 0
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (3, 11), (11, 3), (5, 2, 2, 2)])

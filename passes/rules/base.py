@@ -170,16 +170,16 @@ class Rule:
         """x (B, P, I) and h (B, R, P, O) of an argument's products; None where its columns are the cheaper way to K."""
         return None
 
-    def at_hand(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
-        """x (B, P, I) and h (B, R, P, O) of an argument's products that need not be made; None where there are none."""
-        return self.factors(argument, blocks)
+    def positions_of(self, argument: fx.Node) -> int:
+        """P of an argument whose columns are sums of P outer products, from shapes alone; 0 of any other."""
+        return 0
 
-    def thinned(self, argument: fx.Node, right: Tensor) -> tuple[Tensor, Tensor] | None:
-        """x times ``right`` (B, P, s) and h (B, R, P, O) without x, where columns are not there and would be dearer.
+    def thinned(self, argument: fx.Node, right: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """x times ``right`` (B, P, s) and h (B, R, P, O); None where columns are at hand or cheaper.
 
         Args:
-            argument: one with products.
-            right: (I, s), I in the order S, C (kernel before channels).
+            argument: one with :meth:`positions_of`.
+            right: (I, s), I in the order S, C (kernel before channels); None: the identity.
         """
         return None
 
@@ -197,8 +197,11 @@ class Rule:
         _, pull = vjp(lambda p: self._apply(self.values, {argument: p}), value)
         return pull(self.weighted(omega))[0]
 
-    def form(self, argument: fx.Node, blocks: Blocks) -> None:
-        """Form the columns now if they are the cheaper way to K, so that a contraction before it uses them too."""
+    def form(self, argument: fx.Node, blocks: Blocks, sketch: int | None = None) -> None:
+        """Form the columns now if they are the cheaper way to K, so that a contraction before it uses them too.
+
+        With ``sketch``, if they are the cheaper way to two contractions and a sketch of so many columns.
+        """
 
     def contract_columns(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Gamma omega as one product with the columns, for a rule that has formed them or whose are small."""

@@ -83,11 +83,17 @@ class Linear(Rule):
         """Inputs and cotangents of the weight."""
         return (self.x, self.h) if self._is_weight(argument) and not self._keeps_columns(blocks) else None
 
-    def at_hand(self, argument: fx.Node, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
-        """Inputs and cotangents of the weight, whether or not its columns are formed."""
-        return (self.x, self.h) if self._is_weight(argument) else None
+    def positions_of(self, argument: fx.Node) -> int:
+        """Of the weight."""
+        return self.cotangent[0].numel() // (self.batch * self.cotangent.shape[-1]) if self._is_weight(argument) else 0
 
-    def form(self, argument: fx.Node, blocks: Blocks) -> None:
+    def thinned(self, argument: fx.Node, right: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Of the weight, whether or not its columns are formed: they take no less."""
+        if not self._is_weight(argument):
+            return None
+        return (self.x if right is None else self.x.to(right.dtype) @ right), self.h
+
+    def form(self, argument: fx.Node, blocks: Blocks, sketch: int | None = None) -> None:
         """The weight's, where they are kept."""
         if self._is_weight(argument) and self._keeps_columns(blocks):
             self._formed(argument)
