@@ -44,7 +44,7 @@ class DDPNOpt(Optimizer):
 
     As it comes, a step costs about what SGD's does, and suits classifiers of dense and convolutional layers. For
     language, regression and batch norms take ``preconditioner="eigen-factored"``: it needs fewer steps on every task
-    that was tried, at 1.4 to 4 times SGD's cost. Either costs more where a small network meets a large batch (README).
+    that was tried, at 1.5 to 4 times SGD's cost. Either costs more where a small network meets a large batch (README).
 
     Args:
         net: what :func:`ddpn_fx.compile` returned.
@@ -208,7 +208,7 @@ class DDPNOpt(Optimizer):
         if isinstance(preconditioner, str):
             preconditioner = preconditioners.make(preconditioner, moments="value") or "identity"
         literal = {"terminal": "gradient", "coupling": "sample", "quu": "preconditioner", "rollout": "nonlinear"}
-        return cls(net, lr, preconditioner=preconditioner, **{**literal, "beta1": 0.0, **options})
+        return cls(net, lr, preconditioner=preconditioner, **{**literal, "beta1": 0.0, "sketch": 0, **options})
 
     @property
     def preconditioner(self) -> Preconditioner | None:
