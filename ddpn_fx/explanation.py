@@ -55,7 +55,8 @@ class Compiled:
         trigger: why it was compiled, in words.
         mode: the structure of the step by name.
         passes: what was run for it.
-        sketched: the parameters whose K is from a sketch (:mod:`ddpn_fx.passes.sketch`); of ``mode["sketch"]`` columns.
+        sketched: the parameters whose K is from a sketch, of at least ``mode["sketch"]`` combinations
+            (:mod:`ddpn_fx.passes.sketch`).
     """
 
     batch: int

@@ -77,7 +77,7 @@ class DDPNOpt(Optimizer):
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
         sketch: K of a weight with several positions a sample from so many random combinations of its rows and of its
             columns (:mod:`ddpn_fx.passes.sketch`), where that is less work; more where s^2 is less than a block has
-            samples. Right in the mean, and as good as exact in training. 0: exact. None: the metric's own, 16 in
+            samples. Right in the mean; a training goes as with the exact one. 0: exact. None: the metric's own, 16 in
             ``"eigen-factored"`` and 0 in the others. For the identity and the factored metrics.
         accumulate: how many parts the batch of a step comes in, one after another, so that memory is for one at a time:
             ``train_step`` cuts its batch; the usual loop has so many ``backward()`` before a ``step()``, each of its
@@ -101,8 +101,8 @@ class DDPNOpt(Optimizer):
         ValueError: an unknown or impossible option, named with what may stand there.
 
     With ``feedback=False`` the arguments of the loop (terminal, rank, curvature, coupling, quu, rollout, gain, trust,
-    tikhonov) have no effect. In the linear rollout momentum and beta1 act on du beside the recursion: y is that of
-    the step without them.
+    tikhonov, sketch) have no effect. In the linear rollout momentum and beta1 act on du beside the recursion: y is that
+    of the step without them.
 
     Equivalent to ``torch.optim.SGD`` (momentum, weight decay) with ``feedback=False``, to ``torch.optim.RMSprop`` with
     ``preconditioner="diagonal"`` beside, and to the damped Gauss-Newton step of the whole network with the defaults.

@@ -269,24 +269,13 @@ class _Recursion:
     def _metrics(self, stage: Stage, b: Tensor) -> None:
         """The metrics of a stage's parameters from V_x = Z b, b weighted: (B, R)."""
         preconditioner, linear = self.mode.preconditioner, self.linear
+        self._coordinates(stage)
         if preconditioner is None:
-            self._choose(stage)
             return
         # Of the sample's own loss: b counts each sample by its share of the batch's loss.
         own = b * linear.blocks.batch
         if linear.share is not None:
             own = own / linear.share
-        for gamma in linear.gammas.of(self.controls[stage.index]):
-            frame = frame_of(preconditioner, self.sites[gamma.name], slots_of(gamma.name, self.state))
-            if frame is not None:
-                linear.frames[gamma.name] = frame
-        self._choose(stage)
-        for gamma in list(linear.gammas.of(self.controls[stage.index])):
-            frame = linear.frames.get(gamma.name)
-            if frame is not None:
-                shared = self.mode.feedback and self.mode.forms_grams and gamma.name not in linear.sketched
-                blocks = linear.blocks if shared else None
-                linear.gammas.include(FramedGamma(gamma, frame, self.sites[gamma.name], blocks))
         for gamma in linear.gammas.of(self.controls[stage.index]):
             name, whole = gamma.name, self._direction(gamma, b)
             with origin({"role": "metric", "stage": stage.index, "module_path": name}):
@@ -300,15 +289,21 @@ class _Recursion:
                 linear.metrics[name], new = preconditioner.metric(moment, slots_of(name, self.state))
                 linear.metric_state.update({state_key(slot, name): t for slot, t in new.items()})
 
-    def _choose(self, stage: Stage) -> None:
-        """Which parameters of a stage have their K from a sketch."""
-        if self._sketch is None:
-            return
-        linear = self.linear
-        for gamma in linear.gammas.of(self.controls[stage.index]):
-            shape, frame = self.params[gamma.name].shape, linear.frames.get(gamma.name)
-            if self._sketch.serves(gamma, shape, linear.blocks, frame):
-                linear.sketched.append(gamma.name)
+    def _coordinates(self, stage: Stage) -> None:
+        """The frames of a stage's parameters, their Gammas in these, and which of them have K from a sketch."""
+        preconditioner, linear = self.mode.preconditioner, self.linear
+        for gamma in list(linear.gammas.of(self.controls[stage.index])):
+            name, frame = gamma.name, None
+            if preconditioner is not None:
+                frame = frame_of(preconditioner, self.sites[name], slots_of(name, self.state))
+            sketched = self._sketch is not None and self._sketch.serves(gamma, self.params[name], linear.blocks, frame)
+            if sketched:
+                linear.sketched.append(name)
+            if frame is not None:
+                linear.frames[name] = frame
+                shared = self.mode.feedback and self.mode.forms_grams and not sketched
+                framed = FramedGamma(gamma, frame, self.sites[name], linear.blocks if shared else None)
+                linear.gammas.include(framed)
 
     def _direction(self, gamma: Gamma, b: Tensor) -> Tensor:
         """Gamma b, by the columns where K is formed of them; conjugate gradients start from it, and so it is kept."""

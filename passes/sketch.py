@@ -71,16 +71,20 @@ class Sketch:
             size *= 2
         return cls(size, step, dtype)
 
-    def serves(self, gamma: Gamma, shape: Sequence[int], blocks: Blocks, frame: Frame | None) -> bool:
+    def serves(self, gamma: Gamma, parameter: Tensor, blocks: Blocks, frame: Frame | None) -> bool:
         """Whether K of a parameter comes from a sketch: where it would need columns, and that is less work.
+
+        Columns that K would form are counted in full, though the weight's gradient is made of them too: they take
+        longer than the gradient that they replace.
 
         Args:
             gamma: the parameter's Gamma, in its own coordinates.
-            shape: the parameter's.
+            parameter: its value.
             blocks: the blocks of K.
             frame: the parameter's, where it has one.
         """
-        if len(shape) < 2 or gamma.lookups(blocks) is not None:
+        shape = parameter.shape
+        if len(shape) < 2 or parameter.is_complex() or gamma.lookups(blocks) is not None:
             return False
         p = gamma.positions_of()
         if p == 1:
@@ -97,7 +101,7 @@ class Sketch:
         return blocks.batch * thin + few + once < blocks.batch * turned + grams
 
     def gram(self, gamma: Gamma, shape: Sequence[int], blocks: Blocks, frame: Frame | None, metric: Any) -> Tensor:
-        """K in blocks, (G, n, n); arguments as :meth:`serves`, ``metric`` that of the parameter or None."""
+        """K in blocks, (G, n, n); arguments as :meth:`serves`, the parameter's shape, and its metric or None."""
         inner = math.prod(shape[2:])
         rows, columns = (None, None) if metric is None else metric.diagonals
         if columns is not None and frame is None:
@@ -133,6 +137,7 @@ class Sketch:
 
 def _mixed(x: Tensor) -> Tensor:
     """32 bits of which each depends on all of x, as hash functions of integers mix them: shifts and odd factors."""
+    x = x & _MASK
     x = ((x ^ (x >> 16)) * _FIRST) & _MASK
     x = ((x ^ (x >> 13)) * _SECOND) & _MASK
     return x ^ (x >> 16)

@@ -228,3 +228,39 @@ def test_eigen_factored_of_dense_layers_turns_inputs_and_cotangents_alone(batch)
             size = 10 if p.outputs == 10 else n // 2  # parts: at most 128, and at most the other side
             want += 2 * (batch * n * size + 2 * p.inputs * p.outputs * size)
     assert got == pytest.approx(want, rel=TOLERANCE)
+
+
+def sketched(p: Product, batch: int, size: int, contractions: int = 1, columns: bool = False) -> int:
+    """FLOPs of a layer whose K is from a sketch, if it has several positions: no side is as short as the sketch."""
+    if p.positions == 1:
+        return p.work(batch, 1, 1, contractions=contractions)
+    one = p.inputs * p.outputs
+    whole = batch * p.positions * one
+    total = whole * (1 if p.first else 2) + batch * p.positions * size * (p.inputs + p.outputs + size)
+    total += batch**2 * size**2
+    return 2 * (total + (whole + contractions * batch * one if columns else contractions * whole))
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+@pytest.mark.parametrize("name", ["convolutions", "sequence"])
+def test_a_sketch_costs_by_its_size(name, batch):
+    """Inputs, cotangents and the Gram; the weight's gradient is the batch's own."""
+    got, layers = measured(name, batch, sketch=8)
+    assert got == pytest.approx(sum(sketched(p, batch, 8) for p in layers), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+def test_a_sketch_in_a_frame_turns_signs_and_directions_alone(batch):
+    """Both directions, of the moments and of the step, come from columns at hand and are turned by themselves."""
+    got, layers = measured("sequence", batch, preconditioner="eigen-factored", sketch=8)
+    want = sum(sketched(p, batch, 8, contractions=2, columns=True) for p in layers)
+    for p in layers:
+        one = p.inputs * p.outputs
+        last = p.outputs == 10  # the classes, which keep their coordinates
+        for n, other in ((p.inputs, p.outputs), (p.outputs, p.inputs)):
+            size = max(d for d in range(1, n + 1) if n % d == 0 and d <= min(128, other))
+            if last and n == p.outputs:
+                continue
+            turned = batch * n * size if p.positions == 1 else 2 * one * size + n * size * 8
+            want += 2 * (turned + 2 * one * size)
+    assert got == pytest.approx(want, rel=TOLERANCE)

@@ -60,7 +60,8 @@ MODES = {
 
 def compare(name, settings, batch, count, *, backend=None, preconditioner=None, steps=3, tolerance=1e-8):
     net, opt, inputs, target = program(case(name), settings, backend=backend, batch=batch)
-    opt = ddpn_fx.DDPNOpt(net, accumulate=count, preconditioner=preconditioner or "identity", **asdict(settings))
+    options = {"preconditioner": preconditioner or "identity", "sketch": 0, **asdict(settings)}
+    opt = ddpn_fx.DDPNOpt(net, accumulate=count, **options)
     bounds = [batch * k // count for k in range(count + 1)]
     parts = [(tuple(x[i:j] for x in inputs), target[i:j]) for i, j in pairwise(bounds)]
     params, buffers, metric = {n: p.detach().clone() for n, p in net.named_parameters()}, None, None

@@ -216,7 +216,7 @@ def compare(name, preconditioner, settings, steps=3, tolerance=1e-8, backend=Non
     options = {"disable": True} if backend is None else {"backend": backend}
     net = ddpn_fx.compile(copy.deepcopy(module), loss=model_case.loss.call, **options)
     given = {k: v for k, v in vars(settings).items() if v != getattr(oracle.Settings(), k)}
-    given |= {"beta1": settings.beta1, "nesterov": settings.nesterov}  # else the metric's own
+    given |= {"beta1": settings.beta1, "nesterov": settings.nesterov, "sketch": 0}  # else the metric's own
     opt = ddpn_fx.DDPNOpt(net, preconditioner=preconditioner, **given)
     params = {n: p.detach().clone() for n, p in module.named_parameters()}
     decay = 0.0 if settings.decoupled else settings.weight_decay

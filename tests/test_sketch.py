@@ -28,8 +28,8 @@ def served(monkeypatch):
     """Sketches wherever K would need columns, whatever they cost; which parameters these are."""
     found = {}
 
-    def serves(self, gamma, shape, blocks, frame):
-        found[gamma.name] = len(shape) > 1 and gamma.lookups(blocks) is None and gamma.positions_of() != 1
+    def serves(self, gamma, parameter, blocks, frame):
+        found[gamma.name] = parameter.dim() > 1 and gamma.lookups(blocks) is None and gamma.positions_of() != 1
         return found[gamma.name]
 
     monkeypatch.setattr(Sketch, "serves", serves)
