@@ -165,12 +165,12 @@ def deep(count=4, **options):
     return Deep([Block(6, **options) for _ in range(count)])
 
 
-def step(model, **options):
+def step(model, shape=(3,), **options):
     """One step of a traced program: the loss, the weights and buffers after it, and the graph."""
     net = ddpn_fx.compile(copy.deepcopy(model), loss=F.cross_entropy, backend="eager")
     opt = ddpn_fx.DDPNOpt(net, **options)
     torch.manual_seed(1)
-    loss = opt.train_step(torch.randn(5, 3), torch.randint(2, (5,)))
+    loss = opt.train_step(torch.randn(5, *shape), torch.randint(2, (5,)))
     (lowered,) = net._lowered.values()
     return loss, net.state_dict(), lowered.module
 
@@ -223,6 +223,43 @@ def test_a_shared_derivation_gives_the_graph_of_deriving_each_stage(name, mode, 
     assert torch.equal(loss, plain_loss)
     assert all(torch.equal(weights[n], t) for n, t in plain_weights.items())
     assert not any(n.target is derive._stand_in for n in module.graph.nodes)
+
+
+class Mean(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x):
+        return x.mean(self.dims)
+
+
+def convolutions():
+    layers = [layer for _ in range(5) for layer in (nn.Conv2d(6, 6, 3, padding=1), nn.Tanh())]
+    return nn.Sequential(*layers, Mean((2, 3)), nn.Linear(6, 2)), (6, 7, 7)
+
+
+def sequences():
+    layers = [layer for _ in range(5) for layer in (nn.Linear(6, 6), nn.Tanh())]
+    return nn.Sequential(*layers, Mean(1), nn.Linear(6, 2)), (9, 6)
+
+
+SKETCHES = {"identity": {"sketch": 2}, "eigen-factored": {"preconditioner": "eigen-factored", "sketch": 2}}
+
+
+@pytest.mark.parametrize("mode", SKETCHES)
+@pytest.mark.parametrize("make", [convolutions, sequences])
+def test_a_shared_derivation_with_sketches_too(make, mode, monkeypatch):
+    torch.manual_seed(0)
+    model, shape = make()
+    loss, weights, module = step(model, shape, **SKETCHES[mode])
+    assert module.meta["sharing"]["stages copied"] > module.meta["sharing"]["derivations"] > 0
+    assert any(str(n.target) == "aten.bitwise_xor.Tensor" for n in module.graph.nodes)  # of the signs
+    monkeypatch.setattr(derive, "structures", lambda *a, **k: {})
+    plain_loss, plain_weights, plain = step(model, shape, **SKETCHES[mode])
+    assert described(module) == described(plain)
+    assert torch.equal(loss, plain_loss)
+    assert all(torch.equal(weights[n], t) for n, t in plain_weights.items())
 
 
 def shared_stages(model):

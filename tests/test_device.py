@@ -47,6 +47,8 @@ OPTIONS = {
     "diagonal": {"preconditioner": "diagonal", "lr": 0.01, "beta1": 0.9},
     "factored": {"preconditioner": "factored", "lr": 0.01},
     "eigen-factored": {"preconditioner": "eigen-factored", "lr": 0.01, "beta1": 0.9},
+    "sketch": {"sketch": 2},
+    "eigen-factored, sketch": {"preconditioner": "eigen-factored", "sketch": 2},
     "kronecker": {"preconditioner": "kronecker", "lr": 0.01},
     "eigen-kronecker": {"preconditioner": "eigen-kronecker", "lr": 0.01},
     "cg": {"cg_iterations": 3, "preconditioner": "eigen-factored", "lr": 0.01, "weight_decay": 0.1},

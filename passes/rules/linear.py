@@ -8,6 +8,7 @@ inputs and cotangents that they replace, they are kept, and the contraction is o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar
@@ -85,7 +86,7 @@ class Linear(Rule):
 
     def positions_of(self, argument: fx.Node) -> int:
         """Of the weight."""
-        return self.cotangent[0].numel() // (self.batch * self.cotangent.shape[-1]) if self._is_weight(argument) else 0
+        return math.prod(self.cotangent.shape[1:-1]) // self.batch if self._is_weight(argument) else 0
 
     def thinned(self, argument: fx.Node, right: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Of the weight, whether or not its columns are formed: they take no less."""
