@@ -308,8 +308,8 @@ class _Recursion:
     def _direction(self, gamma: Gamma, b: Tensor) -> Tensor:
         """Gamma b, by the columns where K is formed of them; conjugate gradients start from it, and so it is kept."""
         if self.mode.feedback and self.mode.forms_grams:
-            size = None if self._sketch is None or gamma.name not in self.linear.sketched else self._sketch.size
-            gamma.form(self.linear.blocks, size)
+            sketch = self._sketch_of(gamma.name)
+            gamma.form(self.linear.blocks, None if sketch is None else sketch.size)
         direction = gamma.contract(b)
         if self.mode.iterations is not None:
             self._gradient[gamma.name] = direction
@@ -329,11 +329,14 @@ class _Recursion:
     def _gram_of(self, gamma: Gamma) -> Tensor:
         """K_t of one parameter."""
         linear, name = self.linear, gamma.name
-        metric = linear.metrics.get(name)
-        if self._sketch is None or name not in linear.sketched:
+        metric, sketch = linear.metrics.get(name), self._sketch_of(name)
+        if sketch is None:
             return gamma.gram(linear.blocks, metric)
-        shape, frame = self.params[name].shape, linear.frames.get(name)
-        return self._sketch.gram(gamma.plain, shape, linear.blocks, frame, metric)
+        return sketch.gram(gamma.plain, self.params[name].shape, linear.blocks, linear.frames.get(name), metric)
+
+    def _sketch_of(self, name: str) -> Sketch | None:
+        """What K of a parameter comes from, where it is sketched."""
+        return self._sketch if name in self.linear.sketched else None
 
     def _decay(self, stage: Stage) -> Tensor | None:
         """v_t of one stage, of weight decay and of the parts before; None where nothing pulls."""
