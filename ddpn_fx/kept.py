@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpn_fx.passes.frame import frame_of
-from ddpn_fx.passes.metric import Site
+from ddpn_fx.passes.metric import Preconditioner, Site
 from ddpn_fx.passes.mode import AVERAGES, state_key
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
@@ -21,11 +21,15 @@ class Kept:
     Attributes:
         count: 0-d, steps taken as the programs see them (a skipped batch does not count); None before the first.
         taken: calls of :meth:`refresh`, the same without asking the device.
+        fresh: whether something is kept that no step has made a metric of yet.
     """
+
+    fresh = True  # of an optimizer that was pickled before it was said
 
     def __init__(self) -> None:
         self.count: Tensor | None = None
         self.taken = 0
+        self.fresh = True
 
     def of(self, program: Program, state: MutableMapping[Any, Any], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that a program reads and writes, by its keys; made where they are missing."""
@@ -36,7 +40,8 @@ class Kept:
             if not (averaged or mode.preconditioner):  # asking for an entry of torch's state makes one
                 continue
             kept = state[params[name]]
-            slots = _slots(program, name, params, kept)
+            slots, fresh = _slots(program, name, params, kept)
+            self.fresh |= fresh
             found |= {state_key(slot, name): tensor for slot, tensor in slots.items()}
             if averaged:
                 if kept.get(mode.buffer) is None:
@@ -47,6 +52,11 @@ class Kept:
                 self.count = _zero(params)
             found["step"] = self.count
         return found
+
+    def lags(self, preconditioner: Preconditioner | None) -> bool:
+        """Whether K of the next step is in the metric of the step before (:mod:`ddpn_fx.passes.moments`)."""
+        every = getattr(preconditioner, "exact_every", 1)
+        return (self.taken + 1) % every != 0 and not self.fresh
 
     def members(
         self, program: Program, state: Mapping[Any, dict[str, Any]], params: Mapping[str, Tensor]
@@ -71,6 +81,7 @@ class Kept:
         if preconditioner is None:
             return
         self.taken += 1
+        self.fresh &= program.mode.lagged
         tensors = [t for _, slots in members for t in slots.values() if isinstance(t, Tensor)] if agree else []
         before = [t._version for t in tensors]
         refresh_all = getattr(preconditioner, "refresh_all", None)
@@ -84,16 +95,18 @@ class Kept:
 
     def load(self, count: Any, params: Mapping[str, Tensor]) -> None:
         """Take a saved count of steps, or None."""
-        self.count, self.taken = None, 0
+        self.count, self.taken, self.fresh = None, 0, count is None
         if count is not None:
             self.count, self.taken = torch.as_tensor(count).to(_zero(params), copy=True), int(count)
 
 
-def _slots(program: Program, name: str, params: Mapping[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:
-    """The preconditioner's slots of one parameter."""
+def _slots(
+    program: Program, name: str, params: Mapping[str, Tensor], kept: dict[str, Any]
+) -> tuple[dict[str, Tensor], bool]:
+    """The preconditioner's slots of one parameter, and whether some had to be made."""
     preconditioner = program.mode.preconditioner
     if preconditioner is None:
-        return {}
+        return {}, False
     like = params[name].detach().new_zeros((), dtype=accumulate_dtype(params[name].dtype))
     site = program.sites(params)[name]
     fresh = preconditioner.state(site, like)
@@ -102,7 +115,7 @@ def _slots(program: Program, name: str, params: Mapping[str, Tensor], kept: dict
     frame = frame_of(preconditioner, site, fresh)
     if missing and frame is not None:  # averages that were kept without a frame go into the first one
         kept.update({k: frame.into(kept[k]) for k in AVERAGES if k in kept and kept[k].shape == site.shape})
-    return {slot: kept[slot] for slot in fresh}
+    return {slot: kept[slot] for slot in fresh}, bool(missing)
 
 
 def _average(program: Program, name: str, params: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,8 @@ def program_for(
     mode = mode_of(opt, params)
     args, kwargs, targets = pytree.tree_unflatten(leaves, spec)
     chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
+    if chain.has_statistics:  # what the direction through them makes moments of is not what K's metric is made of
+        mode = replace(mode, lagged=False)
     shared = (*key[:2], net._signature(params, buffers), mode)
     if shared not in net._lowered:
         with full_precision(params):
@@ -111,7 +114,10 @@ def make_ready(opt: DDPNOpt, inputs: Any, target: Any) -> Ready:
     leaves = [normal(t) if isinstance(t, Tensor) else t for t in leaves]
     params = dict(net.named_parameters(remove_duplicate=False))
     buffers = dict(net.named_buffers(remove_duplicate=False))
-    return _bound(opt, program_for(opt, leaves, spec, batch, params, buffers), params, buffers)
+    ready = _bound(opt, program_for(opt, leaves, spec, batch, params, buffers), params, buffers)
+    if ready.lowered.program.mode.lagged and opt._kept.fresh:  # a weight has come in, which has no moments to hold
+        return make_ready(opt, inputs, target)
+    return ready
 
 
 def finish_ready(opt: DDPNOpt, lowered: Lowered) -> Ready:

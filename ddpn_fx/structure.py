@@ -23,8 +23,8 @@ def structure_of(opt: DDPNOpt) -> Any:
         (bool(float(g["weight_decay"])), bool(float(g["momentum"])), tuple(id(p) for p in g["params"]))
         for g in opt.param_groups
     )
-    switches = folds, opt.trust is None, bool(float(opt.tikhonov)), bool(float(opt.beta1)), opt._figures_wanted
-    return *switches, groups
+    numbers = opt.trust is None, bool(float(opt.tikhonov)), bool(float(opt.beta1))
+    return folds, *numbers, opt._figures_wanted, opt._kept.lags(opt.preconditioner), groups
 
 
 def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
@@ -37,7 +37,7 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
     Raises:
         ValueError: a parameter of a group is the model's no longer, or none is trainable.
     """
-    _, no_trust, regularized, average, figures, _ = structure_of(opt)
+    _, no_trust, regularized, average, figures, lagged, _ = structure_of(opt)
     names = {id(p): n for n, p in reversed(list(params.items()))}
     for i, members in enumerate(g["params"] for g in opt.param_groups):
         for p in members:
@@ -71,6 +71,7 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         average=average,
         nesterov=opt.nesterov,
         preconditioner=opt.preconditioner,
+        lagged=lagged and _may_lag(opt),
         tikhonov=regularized,
         iterations=opt.cg_iterations if opt.feedback else None,
         sketch=opt.sketch if opt.feedback else None,
@@ -131,6 +132,12 @@ def _folds(opt: DDPNOpt) -> dict[str, bool]:
         "a preconditioner with moments='gradient'": moments == "gradient",
         "the pass 'fold'": "fold" not in opt.net._options["off"],
     }
+
+
+def _may_lag(opt: DDPNOpt) -> bool:
+    """Whether a step forms Gamma b for its metric alone."""
+    moments = "gradient" if opt.preconditioner is None else opt.preconditioner.moments
+    return opt.feedback and opt.cg_iterations is None and moments == "gradient"
 
 
 def refuse_mixing(call: str, chain: Chain, feedback: bool) -> None:

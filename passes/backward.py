@@ -27,8 +27,9 @@ from ddpn_fx.passes.gamma import Gamma, Gammas
 from ddpn_fx.passes.ir import Chain, Stage
 from ddpn_fx.passes.iterative import Vector, conjugate_gradients
 from ddpn_fx.passes.linearize import pullback
-from ddpn_fx.passes.metric import Metric, Moment, sites
-from ddpn_fx.passes.mode import DIRECTION, SHARE, Hyper, Mode, slots_of, state_key, sum_key
+from ddpn_fx.passes.metric import Metric, sites
+from ddpn_fx.passes.mode import DIRECTION, SHARE, Hyper, Mode, slots_of, sum_key
+from ddpn_fx.passes.moments import kept, renewed
 from ddpn_fx.passes.numeric import accumulate_dtype, real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
@@ -53,7 +54,7 @@ class Linearization:
         folded: (omega, y_T) where the solves are folded.
         contracted: parameter name -> Gamma omega, where the folded solve has it already.
         frames: parameter name -> its frame, where its metric and directions are in one.
-        metrics: parameter name -> its metric, where the preconditioner is not the identity.
+        metrics: parameter name -> K's metric, where the preconditioner is not the identity.
         metric_state: what the preconditioner keeps, by key.
         sketched: the parameters whose K is from a sketch.
         share: s_j of a batch that comes in parts, 0-d; None: the whole.
@@ -277,17 +278,21 @@ class _Recursion:
         if linear.share is not None:
             own = own / linear.share
         for gamma in linear.gammas.of(self.controls[stage.index]):
-            name, whole = gamma.name, self._direction(gamma, b)
+            name = gamma.name
+            with origin({"role": "metric", "stage": stage.index, "module_path": name}):
+                if self.mode.lagged:
+                    linear.metrics[name] = kept(self.mode, self.sites[name], self.state)
+                    continue
+            whole = self._direction(gamma, b)
             with origin({"role": "metric", "stage": stage.index, "module_path": name}):
                 if linear.share is not None:
                     linear.gradients[name] = whole
                     whole = whole / linear.share  # what it would be, were the part the batch
                 frame = linear.frames.get(name)
                 direction = with_decay(whole, self.params[name], frame, self._decays(name))
-                step, of_samples = self.state["step"] + 1, (gamma, own)
-                moment = Moment(self.sites[name], direction, step, linear.gammas.dtype, of_samples)
-                linear.metrics[name], new = preconditioner.metric(moment, slots_of(name, self.state))
-                linear.metric_state.update({state_key(slot, name): t for slot, t in new.items()})
+                about = direction, linear.gammas.dtype, (gamma, own)
+                linear.metrics[name], new = renewed(self.mode, self.sites[name], *about, self.state)
+                linear.metric_state.update(new)
 
     def _coordinates(self, stage: Stage) -> None:
         """The frames of a stage's parameters, their Gammas in these, and which of them have K from a sketch."""

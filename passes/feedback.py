@@ -19,6 +19,7 @@ from ddpn_fx.passes.gamma import Gammas
 from ddpn_fx.passes.ir import Chain, Kind, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, forward
 from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
+from ddpn_fx.passes.moments import square_norms
 from ddpn_fx.passes.numeric import real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory
@@ -134,6 +135,10 @@ class Rollout:
         """du of a stage's controls for its omega, (G, n)."""
         weighted = self.linear.blocks.merge(omega) * self.linear.weight
         gammas, factor, through = self.linear.gammas, weighted, self.chain.has_statistics
+        squares = None
+        if self.mode.lagged:
+            with origin({"role": "metric"}):
+                squares = square_norms(self.linear.blocks.merge(self.linear.terminal.b) * self.linear.weight, weighted)
         if through:
             if self._exact is None or self._exact[0] is not omega:
                 first = 0 if self.linear.folded is not None else stage.index
@@ -146,7 +151,7 @@ class Rollout:
                 else:
                     at_hand = self.linear.contracted.get(gamma.name)
                     direction = gamma.contract(factor) if at_hand is None else at_hand
-                self.update.take(gamma.name, direction)
+                self.update.take(gamma.name, direction, squares)
 
     def _closed_statistics(self, y: Tensor, finite: Tensor, clipped: Tensor) -> dict[str, Tensor]:
         """The model's decrease ``-(b_T y_T + y_T C_T y_T / 2)``, weighted by w for ``"sample"``, and max |y_T|."""

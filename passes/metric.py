@@ -128,7 +128,7 @@ class Moment:
         step: 0-d, how many steps there were with this one.
         dtype: what moments are kept in: float32, or float64 for a float64 model.
         of_samples: the parameter's Gamma and ``coefficient``; None where the batch has come in parts, of whose samples
-            nothing is left (:mod:`ddpn_fx.passes.parts`).
+            nothing is left (:mod:`ddpn_fx.passes.parts`), and in a lagged step.
     """
 
     site: Site
@@ -182,6 +182,8 @@ class Preconditioner(Protocol):
     the averages of momentum and beta1 are (:mod:`ddpn_fx.passes.frame`); ``refresh`` then turns these averages as well.
     It may have ``refresh_all(members, step)``, which takes the place of ``refresh``: of all parameters at once, each a
     (site, state), so that what is alike is worked out together.
+    It may have ``exact_every``, k, and ``kept(site, state, step) -> Metric``, the metric of what is kept after so many
+    steps, 0-d: then all but every k-th step have K in that (:mod:`ddpn_fx.passes.moments`).
     It may say ``needs_samples``, True where it reads a moment's ``samples``, ``second_moments`` or ``gamma``: then no
     batch comes in parts.
     It may say ``default_lr``, ``default_beta1``, ``default_nesterov`` and ``default_sketch``, DDPNOpt's where it is

@@ -71,6 +71,7 @@ SHARE, DIRECTION, GRADIENT = "share", "direction", "gradient"
 
 
 TOTALS = "sum/statistics"  # the key of the sums of a step's statistics
+SQUARES = "sum/squares"  # the key of those of a lagged step's squared norms
 
 
 def sum_key(what: str, name: str) -> str:
@@ -102,6 +103,8 @@ class Mode:
         average: whether directions are averaged with beta1.
         nesterov: whether momentum and beta1's average are in Nesterov's form.
         preconditioner: what makes M; None for the identity.
+        lagged: whether K is in the metric of the step before, and the moments take the step's own direction
+            (:mod:`ddpn_fx.passes.moments`).
         tikhonov: whether eps_V is added.
         iterations: of the folded solve without K (:mod:`ddpn_fx.passes.iterative`); None: the dense solve.
         sketch: the least s of :mod:`ddpn_fx.passes.sketch`, where K of weights with several positions is sketched.
@@ -124,6 +127,7 @@ class Mode:
     average: bool
     nesterov: bool = False
     preconditioner: Preconditioner | None = None
+    lagged: bool = False
     tikhonov: bool = False
     iterations: int | None = None
     sketch: int | None = None

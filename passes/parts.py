@@ -22,7 +22,8 @@ own samples alone. Over the wire goes what SGD's gradient takes, and twice that 
 
 M is that of the whole batch in the update. It is made of the sum of ``Gamma_j b_j`` and so is not there yet when a part
 needs it for its K: there M is what the part alone would make it, were it the batch. Of a moving average that is nearly
-the same.
+the same. Where a step is a lagged one (:mod:`ddpn_fx.passes.moments`) it is the metric of the step before, for every
+part, and that of the update is made of the directions: no gradient is summed.
 
 With one part this is the step of :class:`~ddpn_fx.passes.program.Program`. Only the folded solve and the open loop
 come in parts: in any other, a stage's policy reacts to what the stages before it did to the whole batch. With coupling
@@ -40,20 +41,21 @@ from torch import Tensor
 from ddpn_fx.passes.backward import Linearization
 from ddpn_fx.passes.frame import Frame, frame_of, with_decay
 from ddpn_fx.passes.ir import Chain
-from ddpn_fx.passes.metric import Metric, Moment
+from ddpn_fx.passes.metric import Metric
 from ddpn_fx.passes.mode import (
     DIRECTION,
     GRADIENT,
     SHARE,
+    SQUARES,
     STATISTICS,
     TOTALS,
     Hyper,
     Mode,
     is_sum,
     slots_of,
-    state_key,
     sum_key,
 )
+from ddpn_fx.passes.moments import renewed
 from ddpn_fx.passes.numeric import accumulate_dtype, working_dtype
 from ddpn_fx.passes.program import Program, pack
 from ddpn_fx.passes.provenance import origin
@@ -73,10 +75,13 @@ def empty_sums(program: Program, params: Mapping[str, Tensor], state: Mapping[st
         if mode.preconditioner is not None:
             frame = frame_of(mode.preconditioner, program.sites(params)[name], slots_of(name, state))
             zero = zero if frame is None else torch.zeros_like(frame.into(zero))
-            found[sum_key(GRADIENT, name)] = zero.clone()
+            if not mode.lagged:
+                found[sum_key(GRADIENT, name)] = zero.clone()
         found[sum_key(DIRECTION, name)] = zero
     first = next(iter(params.values()))
     found[TOTALS] = torch.zeros(len(STATISTICS), dtype=accumulate_dtype(first.dtype), device=first.device)
+    if mode.lagged:
+        found[SQUARES] = torch.zeros(2, dtype=found[TOTALS].dtype, device=first.device)
     return found
 
 
@@ -98,9 +103,9 @@ class Part(Program):
         with self.kernels():
             trajectory = self.simulate(params, buffers, leaves)
             linear = self.backward(trajectory, hyper, state)
-            directions, _, statistics = self.feedback(trajectory, linear, hyper, state)
+            directions, squares, statistics = self.feedback(trajectory, linear, hyper, state)
         with origin({"role": "update"}):
-            sums = {sum_key(DIRECTION, n): d for n, d in directions.items()}
+            sums = squares | {sum_key(DIRECTION, n): d for n, d in directions.items()}
             sums |= {sum_key(GRADIENT, n): d for n, d in linear.gradients.items()}
             added = {key: state[key] + value.to(state[key].dtype) for key, value in sums.items()}
             added[TOTALS] = _joined(state[TOTALS], statistics, state[SHARE])
@@ -146,7 +151,7 @@ class Finish(Program):
         for name in self.trained:
             with origin({"role": "update", "module_path": name}):
                 direction = state[sum_key(DIRECTION, name)]
-                change = update.take(name, direction)
+                change = update.take(name, direction, state.get(SQUARES))
                 if not self.mode.feedback:
                     frame = update.frame_of(name)
                     gradient = direction if frame is None else frame.out(direction)
@@ -166,19 +171,21 @@ class Finish(Program):
         metrics: dict[str, Metric] = {}
         kept: dict[str, Tensor] = {}
         preconditioner = mode.preconditioner
+        found = {} if preconditioner is None else self.sites(params)
         work = working_dtype(params[n].dtype for n in self.trained)
         for name in self.trained if preconditioner is not None else ():
-            site, slots = self.sites(params)[name], slots_of(name, state)
+            site, slots = found[name], slots_of(name, state)
             with origin({"role": "metric", "module_path": name}):
                 frame = frame_of(preconditioner, site, slots)
                 if frame is not None:
                     frames[name] = frame
+                if mode.lagged:
+                    continue
                 decay = hyper.weight_decay[self.group[name]] if mode.decays(name) else None
                 direction = with_decay(state[sum_key(GRADIENT, name)], params[name], frame, decay)
-                moment = Moment(site, direction, state["step"] + 1, work, None)
-                metrics[name], new = preconditioner.metric(moment, slots)
-                kept |= {state_key(slot, name): t for slot, t in new.items()}
-        return Update(mode, params, hyper, state, frames, metrics, kept)
+                metrics[name], new = renewed(mode, site, direction, work, None, state)
+                kept |= new
+        return Update(mode, params, hyper, state, frames, metrics, kept, found)
 
 
 def _joined(totals: Tensor, statistics: Mapping[str, Tensor], share: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ class Program:
         self, params: Mapping[str, Tensor], linear: Linearization, hyper: Hyper, state: Mapping[str, Tensor]
     ) -> Update | Directions:
         """What becomes of each parameter's direction."""
-        return Update(self.mode, params, hyper, state, linear.frames, linear.metrics, linear.metric_state)
+        sites = {} if self.mode.preconditioner is None else self.sites(params)
+        return Update(self.mode, params, hyper, state, linear.frames, linear.metrics, linear.metric_state, sites)
 
     def step(
         self,

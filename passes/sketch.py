@@ -19,8 +19,9 @@ multiply with that takes s.
 A sketch of one weight has s^2 numbers a column, so its part of K is of rank s^2 at most. Where a block has more columns
 than that, s is doubled until it has not.
 
-A weight with one position a sample needs no columns: its K is a product of two small Grams, and is exact. Trained with
-sketches in their place the dense networks of target.py end a little lower (docs/notes.md).
+A weight with one position a sample needs no columns: its K is a product of two Grams, which grow with its sides. Where
+a side has 16 s elements or more, S sums them in groups of neighbours, with signs +-1: ``E[S S^T] = I`` again, and as
+sums take next to nothing there can be 8 s of them. Of a frame the neighbours are of one part of its basis.
 
 The signs are a hash of the step's number, the parameter, the side and the entry. So they are others in every step, the
 same on every machine and after a resumption, and no random state of the user's is touched.
@@ -44,7 +45,9 @@ from ddpn_fx.passes.frame import Frame
 from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.rules.base import gram_matrix, prefer_grams, product_gram
+from ddpn_fx.passes.turned import turn
 
+_SUMS = 8  # sums over s that are left of a side, at least: fewer, and CNNs with a dense layer end lower (docs/notes.md)
 _MASK = 0xFFFFFFFF
 _FIRST, _SECOND = 0x5BD1E995, 0x2C1B3C6D  # odd and below 2^31: a product with 32 bits stays within int64
 
@@ -87,16 +90,21 @@ class Sketch:
         if len(shape) < 2 or parameter.is_complex() or gamma.lookups(blocks) is not None:
             return False
         p = gamma.positions_of()
-        if p == 1:
+        if p == 1 and (len(shape) > 2 or gamma.factors(blocks) is None):
             return False
         (o, i), r, n = (shape[0], math.prod(shape[1:])), blocks.columns, blocks.size
-        so, si = min(o, self.size), min(i, self.size)
         for_h, for_x = (0, 0) if frame is None else (_part(frame.rows), _part(frame.columns))
-        turned, thin = r * o * i * (for_x + for_h), r * o * si * (i + so)
+        if p == 1:
+            so, si = o // self._neighbours(o, for_h), i // self._neighbours(i, for_x)
+            turned, thin = i * for_x + r * o * for_h, si * for_x + r * so * for_h
+        else:
+            so, si = min(o, self.size), min(i, self.size)
+            turned, thin = r * o * i * (for_x + for_h), r * o * si * (i + so)
         grams, few = (blocks.batch * r * n * sides for sides in (o * i, so * si))
         if p:
-            turned, thin = min(turned, p * (i * for_x + r * o * for_h)), min(thin, p * (i * si + r * o * so))
             grams, few = (_products(p, *sides, blocks) for sides in ((i, o), (si, so)))
+        if p > 1:
+            turned, thin = min(turned, p * (i * for_x + r * o * for_h)), min(thin, p * (i * si + r * o * so))
         once = 2 * o * i * (for_x + for_h)  # the directions of the metric and of the step are turned by themselves
         return blocks.batch * thin + few + once < blocks.batch * turned + grams
 
@@ -106,6 +114,8 @@ class Sketch:
         rows, columns = (None, None) if metric is None else metric.diagonals
         if columns is not None and frame is None:
             columns = columns.reshape(-1, inner).mT.flatten()  # from C, S
+        if gamma.positions_of() == 1:
+            return self._gram_of_sums(gamma, rows, columns, frame, blocks)
         left = self._side(gamma.name, 0, shape[0], rows, None if frame is None else frame.rows)
         right = self._side(gamma.name, 1, math.prod(shape[1:]), columns, None if frame is None else frame.columns)
         thinned = gamma.thinned(right) if gamma.positions_of() else None
@@ -116,23 +126,56 @@ class Sketch:
         found = found.reshape(*found.shape[:2], *shape[:2], -1).mT.flatten(-2)
         return gram_matrix(blocks.matrix(_times(_times(found, right).mT, left)))
 
+    def _gram_of_sums(
+        self, gamma: Gamma, rows: Tensor | None, columns: Tensor | None, frame: Frame | None, blocks: Blocks
+    ) -> Tensor:
+        """K of a weight with one position from sums of neighbours on both sides."""
+        factors = gamma.factors(blocks)
+        assert factors is not None
+        x, h = (t.to(self.dtype) for t in factors)
+        x = self._summed(x, gamma.name, 1, columns, None if frame is None else frame.columns)
+        h = self._summed(h, gamma.name, 0, rows, None if frame is None else frame.rows)
+        return product_gram(x, h, blocks)
+
+    def _summed(self, t: Tensor, name: str, side: int, scale: Tensor | None, basis: Tensor | None) -> Tensor:
+        """``t U diag(scale)^-1/2 S`` with sums of neighbours for S: (..., n) -> (..., n / m)."""
+        n = t.shape[-1]
+        m = self._neighbours(n, _part(basis))
+        weights = None if m == 1 else self._signs(name, side, n, 1)[:, 0]
+        if scale is not None:
+            root = scale.rsqrt().to(self.dtype)
+            weights = root if weights is None else weights * root
+        if basis is None:
+            t = t if weights is None else t * weights
+            return t if m == 1 else t.unflatten(-1, (n // m, m)).sum(-1)
+        thin = basis if weights is None else basis * weights.reshape(len(basis), 1, -1)
+        thin = thin if m == 1 else thin.unflatten(-1, (-1, m)).sum(-1)
+        return turn(t.unsqueeze(-2), thin[None]).squeeze(-2)
+
+    def _neighbours(self, n: int, part: int) -> int:
+        """m: how many of n elements, in parts of so many (0: one part), are summed."""
+        size = part or n
+        return max(m for m in range(1, size + 1) if size % m == 0 and (m == 1 or n // m >= _SUMS * self.size))
+
     def _side(self, name: str, side: int, n: int, scale: Tensor | None, basis: Tensor | None) -> Tensor | None:
         """``U diag(scale)^-1/2 S``, (n, s); None where it is the identity. A side of at most s elements stays whole."""
         whole = n <= self.size
         if whole and scale is None and basis is None:
             return None
-        signs = torch.eye(n, dtype=self.dtype, device=self.step.device) if whole else self._signs(name, side, n)
+        signs = (
+            torch.eye(n, dtype=self.dtype, device=self.step.device) if whole else self._signs(name, side, n, self.size)
+        )
         signs = signs if scale is None else scale.rsqrt()[:, None].to(self.dtype) * signs
         if basis is None:
             return signs
         return (basis @ signs.reshape(*basis.shape[:2], -1)).flatten(0, 1)
 
-    def _signs(self, name: str, side: int, n: int) -> Tensor:
-        """S, (n, s)."""
+    def _signs(self, name: str, side: int, n: int, count: int) -> Tensor:
+        """(n, count), each +-1/sqrt(count)."""
         seed = _mixed(self.step.to(torch.int64) + (zlib.crc32(f"{name}/{side}".encode()) >> 1))
-        entries = torch.arange(n * self.size, device=self.step.device).reshape(n, self.size)
+        entries = torch.arange(n * count, device=self.step.device).reshape(n, count)
         bits = (_mixed(entries + seed) >> 16) & 1
-        return (1 - 2 * bits).to(self.dtype) * self.size**-0.5
+        return (1 - 2 * bits).to(self.dtype) * count**-0.5
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -79,12 +79,12 @@ class Turned:
 
 
 def turn(t: Tensor, basis: Tensor | None) -> Tensor:
-    """``t U`` of each group as one product a part, the basis not repeated: (..., S, n, d), (S, k, d / k, d / k)."""
+    """``t U`` of each group as one product a part, the basis not repeated: (..., S, n, d), (S, k, d / k, e / k)."""
     if basis is None:
         return t
     groups, parts, size, _ = basis.shape
     if groups == parts == 1:
-        return (t.reshape(-1, size) @ basis[0, 0]).reshape(t.shape)
+        return (t.reshape(-1, size) @ basis[0, 0]).reshape(*t.shape[:-1], -1)
     turned = torch.einsum("...snkd,skde->...snke", t.unflatten(-1, (parts, size)), basis)
     return worked_out(turned.contiguous()).flatten(-2)  # copied part by part: flat, a compiler reads element by element
 

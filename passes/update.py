@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ddpn_fx.passes.frame import Frame, with_decay
-from ddpn_fx.passes.metric import Metric
-from ddpn_fx.passes.mode import Hyper, Mode, state_key
+from ddpn_fx.passes.metric import Metric, Site
+from ddpn_fx.passes.mode import SQUARES, Hyper, Mode, state_key
+from ddpn_fx.passes.moments import ratio, renewed
+from ddpn_fx.passes.numeric import working_dtype
 
 
 class Update:
@@ -25,8 +27,10 @@ class Update:
         hyper: the numbers of the step.
         state: the optimiser state by key, ``"step"`` among it where it is counted.
         frames: parameter name -> its frame, where its directions are in one.
-        metrics: parameter name -> its metric, where it is not the identity.
+        metrics: parameter name -> its metric, where it is not the identity. Those of a lagged step are not of the
+            update, whose own are made here.
         metric_state: what the preconditioner keeps of this step, by key.
+        sites: parameter name -> what the preconditioner sees of it, where there is one.
 
     Attributes:
         changes: du by parameter name, filled by :meth:`take`.
@@ -42,9 +46,11 @@ class Update:
         frames: Mapping[str, Frame],
         metrics: Mapping[str, Metric],
         metric_state: Mapping[str, Tensor],
+        sites: Mapping[str, Site],
     ) -> None:
         self._mode, self._params, self._hyper, self._state = mode, params, hyper, state
-        self._group, self._frames, self._metrics = dict(mode.group), frames, metrics
+        self._group, self._frames, self._metrics, self._sites = dict(mode.group), frames, metrics, sites
+        self._dtype = working_dtype(params[name].dtype for name in self._group)
         self.changes: dict[str, Tensor] = {}
         self.new_state: dict[str, Tensor] = {"step": state["step"] + 1} if mode.counts else {}
         self.new_state |= metric_state
@@ -53,12 +59,23 @@ class Update:
         """The frame of one parameter's directions, where they are in one."""
         return self._frames.get(name)
 
-    def take(self, name: str, direction: Tensor) -> Tensor:
-        """du of one parameter for its direction, which is in the parameter's frame, where it has one."""
+    def take(self, name: str, direction: Tensor, squares: Tensor | None = None) -> Tensor:
+        """du of one parameter.
+
+        Args:
+            name: the parameter.
+            direction: Gamma omega, in the parameter's frame, where it has one.
+            squares: :func:`~ddpn_fx.passes.moments.square_norms`, in a lagged step.
+        """
         mode, hyper = self._mode, self._hyper
         g, value, frame = self._group[name], self._params[name], self._frames.get(name)
-        direction = with_decay(direction, value, frame, hyper.weight_decay[g] if mode.decays(name) else None)
         key, metric = state_key(mode.buffer, name), self._metrics.get(name)
+        decay = hyper.weight_decay[g] if mode.decays(name) else None
+        if squares is not None:
+            as_gradient = with_decay(ratio(squares).to(direction.dtype) * direction, value, frame, decay)
+            metric, new = renewed(mode, self._sites[name], as_gradient, self._dtype, None, self._state)
+            self.new_state.update(new)
+        direction = with_decay(direction, value, frame, decay)
         if mode.average:
             beta1, step, at_hand = hyper.beta1, self.new_state["step"], direction
             self.new_state[key] = direction = beta1 * self._state[key] + (1 - beta1) * at_hand
@@ -86,16 +103,18 @@ class Directions:
 
     Attributes:
         changes: direction by parameter name, in the parameter's frame, where it has one.
-        new_state: empty.
+        new_state: in a lagged step the squares of the one omega of all, under ``SQUARES``.
     """
 
     def __init__(self) -> None:
         self.changes: dict[str, Tensor] = {}
         self.new_state: dict[str, Tensor] = {}
 
-    def take(self, name: str, direction: Tensor) -> None:
-        """The direction of one parameter."""
+    def take(self, name: str, direction: Tensor, squares: Tensor | None = None) -> None:
+        """As :meth:`Update.take`."""
         self.changes[name] = direction
+        if squares is not None:
+            self.new_state[SQUARES] = squares
 
 
 def kept_or_new(skipped: Tensor, new: Iterable[tuple[str, Tensor]], old: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -551,14 +551,41 @@ def signs(name: str, side: int, n: int, s: int, steps_done: int) -> Tensor:
     return (1 - 2 * torch.tensor(bits).double().reshape(n, s)) / s**0.5
 
 
-def sketch(name: str, G: Tensor, u: Tensor, left: Tensor, right: Tensor, s: int, steps_done: int) -> Tensor:
+def sums(name: str, side: int, n: int, least: int, steps_done: int, part: int) -> Tensor:
+    """S (n, n / m): the signs of `signs` for one column, summed by m neighbours of a part.
+
+    m is the largest divisor of the part for which at least `least` sums are left, or 1.
+    """
+    m = max([1, *(m for m in range(2, part + 1) if part % m == 0 and n // m >= least)])
+    seed = mix(steps_done + zlib.crc32(f"{name}/{side}".encode()) // 2)
+    S = torch.zeros(n, n // m).double()
+    for entry in range(n):
+        S[entry, entry // m] = 1.0 if m == 1 else 1 - 2 * (mix(entry + seed) >> 16 & 1)
+    return S
+
+
+def sketch(
+    name: str,
+    G: Tensor,
+    u: Tensor,
+    left: Tensor,
+    right: Tensor,
+    s: int,
+    steps_done: int,
+    parts: tuple[int, int] | None = None,
+) -> Tensor:
     """F (N, q): of each column as (O, I), S_0^T left^T G right S_1, I in the order S, C (kernel before channels).
 
-    left (O, O) and right (I, I) are roots of the metric's two sides, left left^T (x) right right^T = M^-1.
+    left (O, O) and right (I, I) are roots of the metric's two sides, left left^T (x) right right^T = M^-1. With parts,
+    those of the bases of rows and columns, S are `sums`, at least 2 s of them, else `signs`.
     """
     O, C = u.shape[:2]
     G = G.reshape(len(G), O, C, -1).transpose(2, 3).reshape(len(G), O, -1)
-    a, b = left @ signs(name, 0, O, s, steps_done), right @ signs(name, 1, G.shape[2], s, steps_done)
+    if parts is None:
+        first, second = signs(name, 0, O, s, steps_done), signs(name, 1, G.shape[2], s, steps_done)
+    else:
+        first, second = (sums(name, k, n, 2 * s, steps_done, parts[k]) for k, n in enumerate((O, G.shape[2])))
+    a, b = left @ first, right @ second
     return torch.einsum("noi,oj,ik->njk", G, a, b).flatten(1)
 
 
@@ -623,6 +650,8 @@ def step(
 
     metric: M of one parameter from its columns and V_x, dense: `metric(name, u, G, c) -> (m, m)` with G (N, m) and
     V_x = sum_k c_k z_k, c (N,), weighted as in du; None: the identity. moments: c of b_T or ("value") of b_{t+1}.
+    Where `metric.lagged`, K is in `metric.kept(name, u)`, of the step before, and that of du is made of c of omega_t
+    times |b_T| / |omega_t|, both weighted as in du.
 
     share: s, where the batch is a part of a larger one, of whose loss it has so much: J and the w_i are s times as
     large. The metric is that of the part by itself, so its c is without s. before: the direction that the parts before
@@ -655,11 +684,16 @@ def step(
     Gamma = [[sum(use[name] for use in uses) for name in stage.controls] for stage in stages]
     inverse: dict[str, Tensor] = {}
 
+    lagged = getattr(metric, "lagged", False)
+
     def kernel(t: int, c: Tensor) -> tuple[Tensor, Tensor]:
         eta_K, pull = torch.zeros(N, N).double(), torch.zeros(N).double()
         for name, G in zip(stages[t].controls, Gamma[t], strict=True):
             u, eta = params[name].flatten(), _of(settings.lr, name)
-            M = torch.eye(u.numel()).double() if metric is None else metric(name, params[name], G, c / share)
+            if lagged:
+                M = metric.kept(name, params[name])
+            else:
+                M = torch.eye(u.numel()).double() if metric is None else metric(name, params[name], G, c / share)
             inverse[name] = torch.linalg.inv(M)
             F = None if sketched is None else sketched(name, params[name], G, metric)
             eta_K += eta * (G @ inverse[name] @ G.T if F is None else F @ F.T)
@@ -728,6 +762,9 @@ def step(
             if isinstance(settings.lr, Mapping) and name not in settings.lr:
                 continue
             gradient = d.reshape(params[name].shape)
+            if lagged:
+                c = ratio(in_du * b_T, in_du * omega[t]) * in_du * omega[t]
+                inverse[name] = torch.linalg.inv(metric(name, params[name], G, c / share))
             du[name] = update(name, params[name], gradient, inverse[name], buffers, steps_done + 1, settings)
             controls[name] = params[name] + du[name]
             predicted_without_feedback -= (gradient * du[name]).sum()
@@ -765,6 +802,11 @@ def step(
     )
 
 
+def ratio(b: Tensor, omega: Tensor) -> Tensor:
+    """|b| / |omega|, by what the moments of a lagged step take its direction."""
+    return b.norm() / omega.norm()
+
+
 @dataclass
 class Whole:
     """One step on a batch in parts: what a Result says of it. The largest |y| is over all parts."""
@@ -797,9 +839,11 @@ def step_in_parts(
     which moves its y_T by -eta Gamma_j^T M^-1 of it (not for "sample": there a sample reacts to itself alone). J of the
     batch is the mean over the ranks, and so is the direction, du = -eta M^-1 (mean over ranks of sum_j d_j + wd u).
     M is made of the columns of all parts; in K of a part it is what the part's own make it, from what was kept before.
+    Of a lagged step it is made of the directions of all parts, by |b_T| / |omega| of all their vectors.
     """
     params = {name: _double(u) for name, u in params.items()}
     results, sums, columns = [], {}, {name: [] for name in params}
+    lagged, vectors = getattr(metric, "lagged", False), ([], [])
     for parts in ranks:
         sizes, before = [len(target) for _, target in parts], {name: torch.zeros_like(u) for name, u in params.items()}
         for (x0, target), size in zip(parts, sizes, strict=True):
@@ -809,16 +853,20 @@ def step_in_parts(
             found = step(stages, params, x0, target, loss, settings, **options)
             results.append(found)
             before = dict(before)
+            for kept, vector in zip(vectors, (found.b[-1], found.omega[0]), strict=True):
+                kept.append(found.in_du * vector)
             for t, stage in enumerate(stages):
                 own = found.Gamma[t].split([params[name].numel() for name in stage.controls], 1)
                 for name, G in zip(stage.controls, own, strict=True):
                     before[name] = before[name] + (G.T @ (found.in_du * found.omega[t])).reshape(params[name].shape)
-                    columns[name].append((G, found.in_du * found.b[-1] / len(ranks)))
+                    vector = found.omega[t] if lagged else found.b[-1]
+                    columns[name].append((G, found.in_du * vector / len(ranks)))
         sums = {name: sums.get(name, 0) + d / len(ranks) for name, d in before.items()}
     buffers = {name: _double(buffer) for name, buffer in (buffers or {}).items()}
     controls, du = dict(params), {name: torch.zeros_like(u) for name, u in params.items()}
     for name in [name for stage in stages for name in stage.controls]:
         u, (G, c) = params[name], map(torch.cat, zip(*columns[name], strict=True))
+        c = ratio(*map(torch.cat, vectors)) * c if lagged else c
         M = torch.eye(u.numel()).double() if metric is None else metric(name, u, G, c)
         du[name] = update(name, u, sums[name], torch.linalg.inv(M), buffers, steps_done + 1, settings)
         controls[name] = u + du[name]

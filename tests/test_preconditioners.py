@@ -31,20 +31,36 @@ class Dense:
     """A dense metric for `oracle.step`: called once a step and parameter, it keeps its moving averages.
 
     weight_decay: what is added to Q_u (not decoupled). batch: B.
+    lagged: whether K is in the metric of the step before, which then is `kept`.
     """
 
     def __init__(self, preconditioner, weight_decay=0.0, batch=4):
         self.p, self.weight_decay, self.batch = preconditioner, weight_decay, batch
-        self.kept, self.step, self.renewed = {}, 0, []
+        self.averages, self.step, self.renewed = {}, 0, []
+        self.may_lag = preconditioner.moments == "gradient"
+
+    @property
+    def lagged(self):
+        return self.may_lag and self.step > 1 and self.step % getattr(self.p, "exact_every", 1) != 0
+
+    def kept(self, name, u):
+        """The metric as the step before has left it."""
+        self.step -= 1
+        found = self.made(name, u)
+        self.step += 1
+        return found
 
     def adopt(self, state):
         """What the program kept after a step, where the definition leaves it open."""
 
     def average(self, key, fresh):
-        old = self.kept.get(key, torch.zeros_like(fresh))
-        self.kept[key] = self.p.decay * old + (1 - self.p.decay) * fresh
+        old = self.averages.get(key, torch.zeros_like(fresh))
+        self.averages[key] = self.p.decay * old + (1 - self.p.decay) * fresh
+        return self.corrected(key)
+
+    def corrected(self, key):
         corrected = getattr(self.p, "bias_correction", True)
-        return self.kept[key] / (1 - self.p.decay**self.step) if corrected else self.kept[key]
+        return self.averages[key] / (1 - self.p.decay**self.step) if corrected else self.averages[key]
 
     def samples(self, u, G, c):
         """(B, *M): Q_u of each sample's own loss."""
@@ -55,7 +71,11 @@ class Dense:
 class DenseDiagonal(Dense):
     def __call__(self, name, u, G, c):
         d = (c @ G).reshape(u.shape) + self.weight_decay * u
-        root = self.average(name, d**2).sqrt()
+        self.average(name, d**2)
+        return self.made(name, u)
+
+    def made(self, name, u):
+        root = self.corrected(name).sqrt()
         return (root + self.p.eps + self.p.relative_eps * root.mean()).flatten().diag()
 
 
@@ -76,10 +96,17 @@ class DenseFactored(Dense):
     def __call__(self, name, u, G, c):
         d = (c @ G).reshape(u.shape) + self.weight_decay * u
         if u.dim() < 2:
-            v = self.average(name, d**2)
+            self.average(name, d**2)
+        else:
+            square = d.reshape(*u.shape[:2], -1).transpose(1, 2).flatten(1) ** 2
+            self.average(name + "r", square.mean(1)), self.average(name + "c", square.mean(0))
+        return self.made(name, u)
+
+    def made(self, name, u):
+        if u.dim() < 2:
+            v = self.corrected(name)
             return (v + self.p.relative_eps**2 * v.mean() + self.p.eps**2).sqrt().diag()
-        square = d.reshape(*u.shape[:2], -1).transpose(1, 2).flatten(1) ** 2
-        row, column = self.average(name + "r", square.mean(1)), self.average(name + "c", square.mean(0))
+        row, column = self.corrected(name + "r"), self.corrected(name + "c")
         m = self.outer(name, row, column, eye(len(row)), eye(len(column)))
         return m.reshape(len(m), -1, u.shape[1]).transpose(1, 2).flatten().diag()
 
@@ -127,7 +154,7 @@ class DenseEigenKronecker(DenseKronecker):
             fresh = torch.linalg.eigh(factors[0])[1]
             if len(factors) == 2:
                 fresh = torch.kron(fresh, torch.linalg.eigh(factors[1])[1])
-            self.kept[name + "s"] = (fresh.T @ U) ** 2 @ self.kept[name + "s"]
+            self.averages[name + "s"] = (fresh.T @ U) ** 2 @ self.averages[name + "s"]
             self.bases[name] = fresh
         return U @ (s + self.p.damping).diag() @ U.T
 
@@ -159,14 +186,22 @@ class DenseEigenFactored(DenseFactored):
         beta = self.p.basis_decay
         inputs = torch.einsum("ocs,odt->sctd", d, d).reshape(2 * (count[1] * count[2],))
         for k, outer in enumerate((torch.einsum("ocs,pcs->op", d, d), inputs)):
-            self.kept[f"{name}{k}"] = beta * self.kept.get(f"{name}{k}", 0.0) + (1 - beta) * outer
+            self.averages[f"{name}{k}"] = beta * self.averages.get(f"{name}{k}", 0.0) + (1 - beta) * outer
         first, second = self.bases.setdefault(name, (eye(len(d)), eye(len(inputs))))
         by_input = second.reshape(count[2], count[1], -1)
         square = torch.einsum("ocs,op,sci->pi", d, first, by_input) ** 2
-        row, column = self.average(name + "r", square.mean(1)), self.average(name + "c", square.mean(0))
-        m = self.outer(name, row, column, first, second).flatten().diag()
+        self.average(name + "r", square.mean(1)), self.average(name + "c", square.mean(0))
         if self.step == 1 or self.step % self.p.refresh_every == 0:
             self.renewed.append((name, (first, second)))
+        return self.made(name, u)
+
+    def made(self, name, u):
+        if u.dim() < 2:
+            return super().made(name, u)
+        first, second = self.bases[name]
+        by_input = second.reshape(u[0, 0].numel(), u.shape[1], -1)
+        row, column = self.corrected(name + "r"), self.corrected(name + "c")
+        m = self.outer(name, row, column, first, second).flatten().diag()
         U = torch.einsum("op,sci->ocspi", first, by_input).reshape(u.numel(), -1)
         return U @ m @ U.T
 
@@ -175,12 +210,12 @@ class DenseEigenFactored(DenseFactored):
             fresh = [whole(state[name], k, len(u)) for k, u in enumerate(old)]
             for k, basis in enumerate(fresh):
                 torch.testing.assert_close(basis.T @ basis, eye(len(basis)), rtol=0, atol=1e-12)
-                factor = self.kept[f"{name}{k}"]
+                factor = self.averages[f"{name}{k}"]
                 for block in blocks(state[name], k):
                     turned = basis[:, block].T @ factor @ basis[:, block]
                     torch.testing.assert_close(turned, turned.diag().diag(), rtol=0, atol=1e-12 * float(factor.norm()))
-            self.kept[name + "r"] = (fresh[0].T @ old[0]) ** 2 @ self.kept[name + "r"]
-            self.kept[name + "c"] = (fresh[1].T @ old[1]) ** 2 @ self.kept[name + "c"]
+            self.averages[name + "r"] = (fresh[0].T @ old[0]) ** 2 @ self.averages[name + "r"]
+            self.averages[name + "c"] = (fresh[1].T @ old[1]) ** 2 @ self.averages[name + "c"]
             self.bases[name] = tuple(fresh)
         self.renewed = []
 
@@ -222,6 +257,7 @@ def compare(name, preconditioner, settings, steps=3, tolerance=1e-8, backend=Non
     decay = 0.0 if settings.decoupled else settings.weight_decay
     metric = DENSE[type(preconditioner)](preconditioner, decay)
     metric.bases, buffers, stages = {}, None, model_case.stages()
+    metric.may_lag &= settings.feedback and not settings.cg_iterations
     for step in range(steps):
         metric.step = step + 1
         with torch.no_grad():
@@ -498,10 +534,10 @@ def test_eigen_factored_without_bases_is_factored(name):
     model_case = case(name)
     inputs, target = model_case.sample()
     ends = []
-    for p in (EigenFactored(max_size=0, decay=0.9), Factored(decay=0.9)):
+    for p in (EigenFactored(max_size=0, decay=0.9), Factored(decay=0.9, exact_every=4)):
         net = ddpn_fx.compile(model_case.model(), loss=model_case.loss.call, disable=True)
-        opt = ddpn_fx.DDPNOpt(net, lr=0.01, preconditioner=p, beta1=0.9, nesterov=True)
-        for _ in range(3):
+        opt = ddpn_fx.DDPNOpt(net, lr=0.01, preconditioner=p, beta1=0.9, nesterov=True, sketch=0)
+        for _ in range(6):
             opt.train_step(inputs, target)
         ends.append(list(net.parameters()))
     for got, want in zip(*ends, strict=True):

@@ -25,6 +25,9 @@ class Diagonal(Base):
         bias_correction: divide v by ``1 - decay^step``, as Adam.
         moments: ``"gradient"``: d from V_x at x_T, which keeps the folded solve; ``"value"``: from V_x of the recursion
             (the paper).
+        exact_every: every so many steps v has the gradient's d, as K has in its metric; in the steps between it has
+            the step's own direction, and K is in the metric of the step before (:mod:`ddpn_fx.passes.moments`). That
+            takes one product of inputs and cotangents less. 1: always exact.
     """
 
     decay: float = 0.99
@@ -32,6 +35,7 @@ class Diagonal(Base):
     relative_eps: float = 0.0
     bias_correction: bool = False
     moments: str = "gradient"
+    exact_every: int = 1
     default_lr: ClassVar[float] = 0.01
 
     def __post_init__(self) -> None:
@@ -39,6 +43,7 @@ class Diagonal(Base):
             decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
             eps=(0.0 <= self.eps < math.inf, "finite and not negative"),
             relative_eps=(0.0 <= self.relative_eps < math.inf, "finite and not negative"),
+            exact_every=(self.exact_every >= 1, "at least 1"),
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
@@ -48,12 +53,16 @@ class Diagonal(Base):
     def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
         """The batch's own d^2 is in v before v is used: a lagged one diverges."""
         d = moment.direction.to(moment.dtype)
-        v = state["square_avg"] * self.decay + (1 - self.decay) * d * d
-        root = (v / (1 - self.decay**moment.step) if self.bias_correction else v).sqrt()
+        new = {"square_avg": state["square_avg"] * self.decay + (1 - self.decay) * d * d}
+        return self.kept(moment.site, new, moment.step), new
+
+    def kept(self, site: Site, state: Mapping[str, Tensor], step: Tensor) -> Metric:
+        """Of the moments as they are after so many steps."""
+        root = _corrected(self, state["square_avg"], step).sqrt()
         scale = root + self.eps
         if self.relative_eps:
             scale = scale + self.relative_eps * root.mean()
-        return Elementwise(worked_out(scale)), {"square_avg": v}
+        return Elementwise(worked_out(scale))
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Factored(Base):
         relative_eps: its square times the mean of the moments is added to them.
         bias_correction: divide the moments by ``1 - decay^step``.
         moments: as :class:`Diagonal`'s.
+        exact_every: as :class:`Diagonal`'s.
     """
 
     decay: float = 0.99
@@ -75,6 +85,7 @@ class Factored(Base):
     relative_eps: float = 0.01
     bias_correction: bool = True
     moments: str = "gradient"
+    exact_every: int = 1
     default_lr: ClassVar[float] = 0.01
     sketches: ClassVar[bool] = True
 
@@ -83,6 +94,7 @@ class Factored(Base):
             decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
             eps=(0.0 <= self.eps < math.inf, "finite and not negative"),
             relative_eps=(0.0 <= self.relative_eps < math.inf, "finite and not negative"),
+            exact_every=(self.exact_every >= 1, "at least 1"),
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
@@ -94,29 +106,33 @@ class Factored(Base):
     def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
         """Moments of the batch at hand included."""
         d = moment.direction.to(moment.dtype)
-        if d.dim() < 2:
-            v, square = self._average(d * d, state["square_avg"], moment.step)
-            return Elementwise(worked_out((v + self._floor(v)).sqrt())), {"square_avg": square}
-        rows, columns, new = self.factors(d.flatten(1), state, moment.step)
-        return Outer(rows, columns), new
-
-    def factors(self, d: Tensor, state: Mapping[str, Tensor], step: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The diagonals of M's two sides, (O,) and (I,), and the new moments; d: (O, I)."""
         square = d * d
-        row, new_row = self._average(square.mean(1), state["row"], step)
-        column, new_column = self._average(square.mean(0), state["column"], step)
+        if d.dim() < 2:
+            fresh = {"square_avg": square}
+        else:
+            square = square.flatten(1)
+            fresh = {"row": square.mean(1), "column": square.mean(0)}
+        new = {slot: state[slot] * self.decay + (1 - self.decay) * t for slot, t in fresh.items()}
+        return self.kept(moment.site, new, moment.step), new
+
+    def kept(self, site: Site, state: Mapping[str, Tensor], step: Tensor) -> Metric:
+        """Of the moments as they are after so many steps."""
+        if "square_avg" in state:
+            v = _corrected(self, state["square_avg"], step)
+            return Elementwise(worked_out((v + self._floor(v)).sqrt()))
+        row, column = (_corrected(self, state[slot], step) for slot in ("row", "column"))
         floor = self._floor(row)
         rows = ((row + floor) / (row.mean() + floor)).sqrt()
         columns = (column + floor).sqrt()
-        return worked_out(rows), worked_out(columns), {"row": new_row, "column": new_column}
-
-    def _average(self, fresh: Tensor, old: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """The moving average with a batch's, corrected for its start, and as it is kept."""
-        new = old * self.decay + (1 - self.decay) * fresh
-        return (new / (1 - self.decay**step) if self.bias_correction else new), new
+        return Outer(worked_out(rows), worked_out(columns))
 
     def _floor(self, v: Tensor) -> Tensor:
         return self.relative_eps**2 * v.mean() + self.eps**2
+
+
+def _corrected(p: Diagonal | Factored, average: Tensor, step: Tensor) -> Tensor:
+    """A moving average of as many batches, corrected for its start."""
+    return average / (1 - p.decay**step) if p.bias_correction else average
 
 
 @dataclass(frozen=True)

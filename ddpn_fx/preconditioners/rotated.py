@@ -59,17 +59,20 @@ class EigenFactored(Factored):
             cotangents takes so many forward passes of the layer. It does not bound the inputs of a kernel of more than
             one position: they are turned once a sample or once a position, whichever is less.
         decay: of the moving averages of the squares; shorter than :class:`Factored`'s, as the bases move.
+        exact_every: as :class:`Diagonal`'s.
         eps: as :class:`Factored`'s, as ``relative_eps``, ``bias_correction`` and ``moments``.
 
     ``DDPNOpt`` averages directions beside it, with beta1 0.9 in Nesterov's form, where it is not told otherwise.
 
-    Equivalent to :class:`Factored` of the same ``decay``, and of the same averages, with ``max_size=0``.
+    Equivalent to :class:`Factored` of the same ``decay`` and ``exact_every``, and of the same averages, with
+    ``max_size=0``.
     """
 
     default_beta1: ClassVar[float] = 0.9
     default_nesterov: ClassVar[bool] = True
     default_sketch: ClassVar[int | None] = 16
     decay: float = 0.95
+    exact_every: int = 4
     basis_decay: float = 0.95
     refresh_every: int = 10
     solver: str | None = None
