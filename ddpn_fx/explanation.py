@@ -264,7 +264,8 @@ def _trigger(key: tuple[Any, ...], earlier: Sequence[tuple[Any, ...]]) -> str:
         reasons.append(f"the model changed: {_model_change(signature, old_signature)}")
     if mode != old_mode:
         names = [f.name for f in fields(mode) if getattr(mode, f.name) != getattr(old_mode, f.name)]
-        reasons.append(f"another mode of the optimizer: {', '.join(names)}")
+        lags = "K in the metric of the step before" if mode.lagged else "K in a metric with the batch at hand"
+        reasons.append(lags if names == ["lagged"] else f"another mode of the optimizer: {', '.join(names)}")
     return "; ".join(reasons) or "the same step, made anew"
 
 

@@ -29,7 +29,7 @@ from ddpn_fx.passes.iterative import Vector, conjugate_gradients
 from ddpn_fx.passes.linearize import pullback
 from ddpn_fx.passes.metric import Metric, sites
 from ddpn_fx.passes.mode import DIRECTION, SHARE, Hyper, Mode, slots_of, sum_key
-from ddpn_fx.passes.moments import kept, renewed
+from ddpn_fx.passes.moments import kept, lags, renewed
 from ddpn_fx.passes.numeric import accumulate_dtype, real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
@@ -280,7 +280,7 @@ class _Recursion:
         for gamma in linear.gammas.of(self.controls[stage.index]):
             name = gamma.name
             with origin({"role": "metric", "stage": stage.index, "module_path": name}):
-                if self.mode.lagged:
+                if lags(self.mode, self.sites[name]):
                     linear.metrics[name] = kept(self.mode, self.sites[name], self.state)
                     continue
             whole = self._direction(gamma, b)

@@ -16,8 +16,10 @@ is. Without it the metric would shrink as the loop damps, and the loop damp the 
 the loop takes off more than that, and a metric of its own directions alone shrinks there in the end: hence the exact
 step now and then (docs/notes.md has the trainings).
 
-The two kinds of step are two programs, each traced and compiled when it is first taken. A chain with batch statistics
-has exact steps alone: there the step's direction goes through the statistics, and the one that belongs to K does not.
+The two kinds of step are two programs, each traced and compiled when it is first taken: the first step's and the
+second's. What the statistics of a lagged step say of y, they say in K's metric. A chain with batch statistics has exact
+steps alone: there the step's direction goes through the statistics, and the one that belongs to K does not. So have
+the open loop and conjugate gradients, which form ``Gamma b`` in any case, and moments of the recursion's own V.
 """
 
 from __future__ import annotations
@@ -31,6 +33,15 @@ from torch import Tensor
 from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.metric import Metric, Moment, Site
 from ddpn_fx.passes.mode import Mode, slots_of, state_key
+
+
+def lags(mode: Mode, site: Site) -> bool:
+    """Whether K of a parameter is in the metric of the step before.
+
+    Not of a table that is looked up: of a row that was not read for long the metric would say that it hardly counts, K
+    that it is all that does, and its gradient is no product.
+    """
+    return mode.lagged and not site.one_hot
 
 
 def kept(mode: Mode, site: Site, state: Mapping[str, Tensor]) -> Metric:

@@ -55,7 +55,7 @@ from ddpn_fx.passes.mode import (
     slots_of,
     sum_key,
 )
-from ddpn_fx.passes.moments import renewed
+from ddpn_fx.passes.moments import lags, renewed
 from ddpn_fx.passes.numeric import accumulate_dtype, working_dtype
 from ddpn_fx.passes.program import Program, pack
 from ddpn_fx.passes.provenance import origin
@@ -73,9 +73,10 @@ def empty_sums(program: Program, params: Mapping[str, Tensor], state: Mapping[st
         like = params[name].detach()
         zero = torch.zeros_like(like, dtype=accumulate_dtype(like.dtype))
         if mode.preconditioner is not None:
-            frame = frame_of(mode.preconditioner, program.sites(params)[name], slots_of(name, state))
+            site = program.sites(params)[name]
+            frame = frame_of(mode.preconditioner, site, slots_of(name, state))
             zero = zero if frame is None else torch.zeros_like(frame.into(zero))
-            if not mode.lagged:
+            if not lags(mode, site):
                 found[sum_key(GRADIENT, name)] = zero.clone()
         found[sum_key(DIRECTION, name)] = zero
     first = next(iter(params.values()))
@@ -179,7 +180,7 @@ class Finish(Program):
                 frame = frame_of(preconditioner, site, slots)
                 if frame is not None:
                     frames[name] = frame
-                if mode.lagged:
+                if lags(mode, site):
                     continue
                 decay = hyper.weight_decay[self.group[name]] if mode.decays(name) else None
                 direction = with_decay(state[sum_key(GRADIENT, name)], params[name], frame, decay)

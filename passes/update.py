@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpn_fx.passes.frame import Frame, with_decay
 from ddpn_fx.passes.metric import Metric, Site
 from ddpn_fx.passes.mode import SQUARES, Hyper, Mode, state_key
-from ddpn_fx.passes.moments import ratio, renewed
+from ddpn_fx.passes.moments import lags, ratio, renewed
 from ddpn_fx.passes.numeric import working_dtype
 
 
@@ -71,7 +71,7 @@ class Update:
         g, value, frame = self._group[name], self._params[name], self._frames.get(name)
         key, metric = state_key(mode.buffer, name), self._metrics.get(name)
         decay = hyper.weight_decay[g] if mode.decays(name) else None
-        if squares is not None:
+        if squares is not None and lags(mode, self._sites[name]):
             as_gradient = with_decay(ratio(squares).to(direction.dtype) * direction, value, frame, decay)
             metric, new = renewed(mode, self._sites[name], as_gradient, self._dtype, None, self._state)
             self.new_state.update(new)

@@ -650,8 +650,8 @@ def step(
 
     metric: M of one parameter from its columns and V_x, dense: `metric(name, u, G, c) -> (m, m)` with G (N, m) and
     V_x = sum_k c_k z_k, c (N,), weighted as in du; None: the identity. moments: c of b_T or ("value") of b_{t+1}.
-    Where `metric.lagged`, K is in `metric.kept(name, u)`, of the step before, and that of du is made of c of omega_t
-    times |b_T| / |omega_t|, both weighted as in du.
+    Where `metric.lagged(name)`, K is in `metric.kept(name, u)`, of the step before, and that of du is made of c of
+    omega_t times |b_T| / |omega_t|, both weighted as in du.
 
     share: s, where the batch is a part of a larger one, of whose loss it has so much: J and the w_i are s times as
     large. The metric is that of the part by itself, so its c is without s. before: the direction that the parts before
@@ -684,13 +684,13 @@ def step(
     Gamma = [[sum(use[name] for use in uses) for name in stage.controls] for stage in stages]
     inverse: dict[str, Tensor] = {}
 
-    lagged = getattr(metric, "lagged", False)
+    lagged = getattr(metric, "lagged", lambda name: False)
 
     def kernel(t: int, c: Tensor) -> tuple[Tensor, Tensor]:
         eta_K, pull = torch.zeros(N, N).double(), torch.zeros(N).double()
         for name, G in zip(stages[t].controls, Gamma[t], strict=True):
             u, eta = params[name].flatten(), _of(settings.lr, name)
-            if lagged:
+            if lagged(name):
                 M = metric.kept(name, params[name])
             else:
                 M = torch.eye(u.numel()).double() if metric is None else metric(name, params[name], G, c / share)
@@ -762,7 +762,7 @@ def step(
             if isinstance(settings.lr, Mapping) and name not in settings.lr:
                 continue
             gradient = d.reshape(params[name].shape)
-            if lagged:
+            if lagged(name):
                 c = ratio(in_du * b_T, in_du * omega[t]) * in_du * omega[t]
                 inverse[name] = torch.linalg.inv(metric(name, params[name], G, c / share))
             du[name] = update(name, params[name], gradient, inverse[name], buffers, steps_done + 1, settings)
@@ -843,7 +843,7 @@ def step_in_parts(
     """
     params = {name: _double(u) for name, u in params.items()}
     results, sums, columns = [], {}, {name: [] for name in params}
-    lagged, vectors = getattr(metric, "lagged", False), ([], [])
+    lagged, vectors = getattr(metric, "lagged", lambda name: False), ([], [])
     for parts in ranks:
         sizes, before = [len(target) for _, target in parts], {name: torch.zeros_like(u) for name, u in params.items()}
         for (x0, target), size in zip(parts, sizes, strict=True):
@@ -859,14 +859,14 @@ def step_in_parts(
                 own = found.Gamma[t].split([params[name].numel() for name in stage.controls], 1)
                 for name, G in zip(stage.controls, own, strict=True):
                     before[name] = before[name] + (G.T @ (found.in_du * found.omega[t])).reshape(params[name].shape)
-                    vector = found.omega[t] if lagged else found.b[-1]
+                    vector = found.omega[t] if lagged(name) else found.b[-1]
                     columns[name].append((G, found.in_du * vector / len(ranks)))
         sums = {name: sums.get(name, 0) + d / len(ranks) for name, d in before.items()}
     buffers = {name: _double(buffer) for name, buffer in (buffers or {}).items()}
     controls, du = dict(params), {name: torch.zeros_like(u) for name, u in params.items()}
     for name in [name for stage in stages for name in stage.controls]:
         u, (G, c) = params[name], map(torch.cat, zip(*columns[name], strict=True))
-        c = ratio(*map(torch.cat, vectors)) * c if lagged else c
+        c = ratio(*map(torch.cat, vectors)) * c if lagged(name) else c
         M = torch.eye(u.numel()).double() if metric is None else metric(name, u, G, c)
         du[name] = update(name, u, sums[name], torch.linalg.inv(M), buffers, steps_done + 1, settings)
         controls[name] = u + du[name]

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddpn_fx
 from ddpn_fx.demo import relu_network
+from ddpn_fx.preconditioners import EigenFactored
 
 TOLERANCE = 0.03
 
@@ -215,13 +216,15 @@ def test_eigen_factored_in_the_open_loop_turns_the_direction_alone(batch):
 
 
 @pytest.mark.parametrize("batch", [16, 64])
-def test_eigen_factored_of_dense_layers_turns_inputs_and_cotangents_alone(batch):
+@pytest.mark.parametrize("lagged", [False, True])
+def test_eigen_factored_of_dense_layers_turns_inputs_and_cotangents_alone(batch, lagged):
     """Beside the factored metric's work: both sides turned for K, the direction's moments, the change turned back.
 
-    And a Gram of a bias, which shares none with a weight whose cotangents are turned.
+    And a Gram of a bias, which shares none with a weight whose cotangents are turned. A lagged step, as the third one
+    is, has one product of inputs and cotangents less.
     """
-    got, layers = measured("dense", batch, preconditioner="eigen-factored")
-    want = sum(p.work(batch, 1, 1, contractions=2) for p in layers)
+    got, layers = measured("dense", batch, preconditioner=EigenFactored(exact_every=4 if lagged else 1))
+    want = sum(p.work(batch, 1, 1, contractions=1 if lagged else 2) for p in layers)
     for p in layers:
         want += 2 * batch**2 * p.outputs
         for n in (p.inputs, p.outputs):
@@ -250,10 +253,15 @@ def test_a_sketch_costs_by_its_size(name, batch):
 
 
 @pytest.mark.parametrize("batch", [16, 64])
-def test_a_sketch_in_a_frame_turns_signs_and_directions_alone(batch):
-    """Both directions, of the moments and of the step, come from columns at hand and are turned by themselves."""
-    got, layers = measured("sequence", batch, preconditioner="eigen-factored", sketch=8)
-    want = sum(sketched(p, batch, 8, contractions=2, columns=True) for p in layers)
+@pytest.mark.parametrize("lagged", [False, True])
+def test_a_sketch_in_a_frame_turns_signs_and_directions_alone(batch, lagged):
+    """The directions of the moments and of the step come from columns at hand, and are turned by themselves.
+
+    In a lagged step they are one, and no column is formed for it.
+    """
+    metric, directions = EigenFactored(exact_every=4 if lagged else 1), 1 if lagged else 2
+    got, layers = measured("sequence", batch, preconditioner=metric, sketch=8)
+    want = sum(sketched(p, batch, 8, contractions=directions, columns=not lagged) for p in layers)
     for p in layers:
         one = p.inputs * p.outputs
         last = p.outputs == 10  # the classes, which keep their coordinates
@@ -261,6 +269,6 @@ def test_a_sketch_in_a_frame_turns_signs_and_directions_alone(batch):
             size = max(d for d in range(1, n + 1) if n % d == 0 and d <= min(128, other))
             if last and n == p.outputs:
                 continue
-            turned = batch * n * size if p.positions == 1 else 2 * one * size + n * size * 8
+            turned = batch * n * size if p.positions == 1 else directions * one * size + n * size * 8
             want += 2 * (turned + 2 * one * size)
     assert got == pytest.approx(want, rel=TOLERANCE)

@@ -31,17 +31,17 @@ class Dense:
     """A dense metric for `oracle.step`: called once a step and parameter, it keeps its moving averages.
 
     weight_decay: what is added to Q_u (not decoupled). batch: B.
-    lagged: whether K is in the metric of the step before, which then is `kept`.
+    tables: names of parameters that are looked up. lagged: whether K is in the metric of the step before, `kept`.
     """
 
     def __init__(self, preconditioner, weight_decay=0.0, batch=4):
         self.p, self.weight_decay, self.batch = preconditioner, weight_decay, batch
         self.averages, self.step, self.renewed = {}, 0, []
-        self.may_lag = preconditioner.moments == "gradient"
+        self.may_lag, self.tables = preconditioner.moments == "gradient", ()
 
-    @property
-    def lagged(self):
-        return self.may_lag and self.step > 1 and self.step % getattr(self.p, "exact_every", 1) != 0
+    def lagged(self, name):
+        every = getattr(self.p, "exact_every", 1)
+        return self.may_lag and name not in self.tables and self.step > 1 and self.step % every != 0
 
     def kept(self, name, u):
         """The metric as the step before has left it."""
@@ -981,6 +981,7 @@ def test_a_wrong_preconditioner_is_refused(given, error, match):
         (lambda: EigenFactored(solver="svd"), "EigenFactored: solver='svd' must be 'eigh', 'qr' or None"),
         (lambda: EigenFactored(max_cost=-1.0), "EigenFactored: max_cost=-1.0 must be not negative"),
         (lambda: EigenFactored(max_size=-1), "EigenFactored: max_size=-1 must be not negative"),
+        (lambda: EigenFactored(exact_every=0), "EigenFactored: exact_every=0 must be at least 1"),
         (lambda: EigenFactored(decay=-0.1), r"EigenFactored: decay=-0.1 must be in \[0, 1\)"),
         (lambda: Factored(moments="loss"), r"Factored: moments='loss' must be one of \('gradient', 'value'\)"),
     ],

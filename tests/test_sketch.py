@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddpn_fx
+from ddpn_fx.passes import sketch
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.rules.base import gram_matrix
-from ddpn_fx.passes import sketch
 from ddpn_fx.passes.sketch import Sketch
 from ddpn_fx.preconditioners import EigenFactored, Factored
 from tests import oracle
@@ -77,7 +77,19 @@ def basis_parts(metric, name, u):
     return tuple(metric.sizes.get((name, k), n) for k, n in enumerate(whole))
 
 
-def compare(name, settings, served, *, sums=False, preconditioner=None, steps=2, backend="eager", parts=1, batch=4, tolerance=1e-8):
+def compare(
+    name,
+    settings,
+    served,
+    *,
+    sums=False,
+    preconditioner=None,
+    steps=2,
+    backend="eager",
+    parts=1,
+    batch=4,
+    tolerance=1e-8,
+):
     model_case = case(name)
     module = model_case.model()
     inputs, target = model_case.sample(batch)

@@ -49,7 +49,7 @@ def make(preconditioner: Any, **options: Any) -> Preconditioner | None:
         **options: of the object that a name stands for.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or ``exact_every`` of a metric that is made of single samples.
         TypeError: an object without the methods of a preconditioner, which are named.
     """
     if isinstance(preconditioner, str):
@@ -71,5 +71,16 @@ def make(preconditioner: Any, **options: Any) -> Preconditioner | None:
         )
     if preconditioner.moments not in MOMENTS:
         raise ValueError(f"DDPNOpt: preconditioner.moments={preconditioner.moments!r} must be one of {MOMENTS}")
+    every = getattr(preconditioner, "exact_every", 1)
+    if every > 1 and not hasattr(preconditioner, "kept"):
+        raise TypeError(
+            f"DDPNOpt: preconditioner={preconditioner!r} says exact_every={every}, and has no kept(site, state, step), "
+            "the metric of the steps between (ddpn_fx.passes.metric.Preconditioner)"
+        )
+    if every > 1 and getattr(preconditioner, "needs_samples", False):
+        raise ValueError(
+            f"DDPNOpt: preconditioner={preconditioner!r} makes its metric of single samples (needs_samples), of which "
+            f"nothing is left in the steps between the exact ones; take exact_every=1 for {every}"
+        )
     found: Preconditioner = preconditioner
     return found
