@@ -107,7 +107,7 @@ class Mode:
             (:mod:`ddpn_fx.passes.moments`).
         tikhonov: whether eps_V is added.
         iterations: of the folded solve without K (:mod:`ddpn_fx.passes.iterative`); None: the dense solve.
-        sketch: the least s of :mod:`ddpn_fx.passes.sketch`, where K of weights with several positions is sketched.
+        sketch: the least s of :mod:`ddpn_fx.passes.sketch`, where K is sketched.
         parts: whether the batch comes in parts, and the step is of one (:mod:`ddpn_fx.passes.parts`).
         stages: whether the figures of every stage are computed as well (:mod:`ddpn_fx.passes.figures`).
         off: names of the optional passes that are switched off (:mod:`ddpn_fx.passes.catalogue`).

@@ -23,7 +23,7 @@ own samples alone. Over the wire goes what SGD's gradient takes, and twice that 
 M is that of the whole batch in the update. It is made of the sum of ``Gamma_j b_j`` and so is not there yet when a part
 needs it for its K: there M is what the part alone would make it, were it the batch. Of a moving average that is nearly
 the same. Where a step is a lagged one (:mod:`ddpn_fx.passes.moments`) it is the metric of the step before, for every
-part, and that of the update is made of the directions: no gradient is summed.
+part, and that of the update is made of the directions: no gradient is summed, and none sent.
 
 With one part this is the step of :class:`~ddpn_fx.passes.program.Program`. Only the folded solve and the open loop
 come in parts: in any other, a stage's policy reacts to what the stages before it did to the whole batch. With coupling

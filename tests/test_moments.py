@@ -159,6 +159,18 @@ def test_a_table_has_the_batch_at_hand_in_the_metric_of_its_k(p, parts):
         params = want.params
 
 
+def test_parts_sum_the_gradient_of_tables_alone():
+    torch.manual_seed(0)
+    net = ddpn_fx.compile(Words(), loss=F.cross_entropy, backend="eager")
+    opt = ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored", accumulate=2)
+    summed = []
+    for _ in range(2):
+        opt.train_step(torch.randint(9, (4, 6)), torch.randint(4, (4,)))
+        summed.append({key for key in opt._parts.lowered.signature.state if key.startswith("sum/gradient")})
+    assert summed[0] == {f"sum/gradient/{name}" for name in ("table.weight", "last.weight", "last.bias")}
+    assert summed[1] == {"sum/gradient/table.weight"}
+
+
 # --- the moments of the directions ----------------------------------------------------------------------------------
 
 
