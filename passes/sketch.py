@@ -9,7 +9,8 @@ is ``M = diag(r) (x) diag(c)``,
 S of s columns with signs +-1/sqrt(s), so that ``E[S S^T] = I``. So K is right in the mean, and positive semidefinite
 always. Were it within a factor of the true K in every direction, the system would lie between those of step sizes
 within this factor, to which it is not sensitive; and the errors of layers, and of steps, are independent. Nothing but
-omega is touched: the direction is ``Gamma omega`` of the weight itself, and the metric is made of that or of ``Gamma b``.
+omega is touched: the direction is ``Gamma omega`` of the weight itself, and the metric is made of that or of
+``Gamma b``.
 
 What it saves is what grows with the weight. A Gram of columns takes N^2 O I products, and one of their sketches
 N^2 s^2. To turn columns, or inputs and cotangents at every position, into the bases of a frame takes the size of a
