@@ -5,8 +5,8 @@
 #
 # First the tests run, and beside them every program of the benchmarks is compiled once, into a cache. Then, with the
 # machine at rest, the benchmarks are timed with what is in the cache. Each part has a limit; one that fails leaves the
-# others their turn, and the script fails at its end. Environment: PYTHON (python3), JOBS (processes of tests, 10), DEVICE (cuda), MODELS, TASKS, LIMIT (seconds for
-# tests and compilation, 190).
+# others their turn, and the script fails at its end. Environment: PYTHON (python3), JOBS (processes of tests, 10),
+# DEVICE (cuda), MODELS, TASKS, LIMIT (seconds for tests and compilation, 190).
 set -uo pipefail
 out="$(realpath -m "${1:?usage: gpu.sh OUT [FOLDER]}")"
 folder="${2:+$(realpath "$2")}"
@@ -24,7 +24,7 @@ read -ra tasks <<<"${TASKS:-mnist-128 mnist-512 mnist-1024 mnist-cnn-64 cifar-cn
 common=(--device "$device" --mode reduce-overhead)
 steps=("$python" examples/bench/step.py "${common[@]}" --methods default eigen-factored --warm 12)
 targets=("$python" examples/bench/target.py "${common[@]}" --data "$folder" --trainings examples/results/bench/target.json
-  --rows DDPNOpt "eigen-factored, Nesterov 0.9, lr 0.01, qr" --tasks)
+  --rows DDPNOpt "eigen-factored, Nesterov 0.9, lr 0.01" --tasks)
 
 echo "tests, and compilation beside them"
 timeout "$limit" "$python" -m pytest -m cuda tests/test_cuda.py -n "${JOBS:-10}" -p no:cacheprovider -p no:benchmark \
