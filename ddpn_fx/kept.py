@@ -95,7 +95,7 @@ class Kept:
 
     def load(self, count: Any, params: Mapping[str, Tensor]) -> None:
         """Take a saved count of steps, or None."""
-        self.count, self.taken, self.fresh = None, 0, count is None
+        self.count, self.taken, self.fresh = None, 0, not count
         if count is not None:
             self.count, self.taken = torch.as_tensor(count).to(_zero(params), copy=True), int(count)
 

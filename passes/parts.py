@@ -186,7 +186,7 @@ class Finish(Program):
                 direction = with_decay(state[sum_key(GRADIENT, name)], params[name], frame, decay)
                 metrics[name], new = renewed(mode, site, direction, work, None, state)
                 kept |= new
-        return Update(mode, params, hyper, state, frames, metrics, kept, found)
+        return Update(mode, params, hyper, state, frames, metrics, kept, found, work)
 
 
 def _joined(totals: Tensor, statistics: Mapping[str, Tensor], share: Tensor) -> Tensor:

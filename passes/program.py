@@ -124,7 +124,8 @@ class Program:
     ) -> Update | Directions:
         """What becomes of each parameter's direction."""
         sites = {} if self.mode.preconditioner is None else self.sites(params)
-        return Update(self.mode, params, hyper, state, linear.frames, linear.metrics, linear.metric_state, sites)
+        made = linear.frames, linear.metrics, linear.metric_state
+        return Update(self.mode, params, hyper, state, *made, sites, linear.gammas.dtype)
 
     def step(
         self,

@@ -15,7 +15,6 @@ from ddpn_fx.passes.frame import Frame, with_decay
 from ddpn_fx.passes.metric import Metric, Site
 from ddpn_fx.passes.mode import SQUARES, Hyper, Mode, state_key
 from ddpn_fx.passes.moments import lags, ratio, renewed
-from ddpn_fx.passes.numeric import working_dtype
 
 
 class Update:
@@ -31,6 +30,7 @@ class Update:
             update, whose own are made here.
         metric_state: what the preconditioner keeps of this step, by key.
         sites: parameter name -> what the preconditioner sees of it, where there is one.
+        dtype: what moments are kept in.
 
     Attributes:
         changes: du by parameter name, filled by :meth:`take`.
@@ -47,10 +47,11 @@ class Update:
         metrics: Mapping[str, Metric],
         metric_state: Mapping[str, Tensor],
         sites: Mapping[str, Site],
+        dtype: torch.dtype,
     ) -> None:
         self._mode, self._params, self._hyper, self._state = mode, params, hyper, state
         self._group, self._frames, self._metrics, self._sites = dict(mode.group), frames, metrics, sites
-        self._dtype = working_dtype(params[name].dtype for name in self._group)
+        self._dtype = dtype
         self.changes: dict[str, Tensor] = {}
         self.new_state: dict[str, Tensor] = {"step": state["step"] + 1} if mode.counts else {}
         self.new_state |= metric_state

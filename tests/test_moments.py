@@ -241,6 +241,27 @@ def test_a_batch_that_is_not_finite_leaves_all_as_it_was():
     torch.testing.assert_close(opt.state_dict()["state"], state["state"], rtol=0, atol=0)
 
 
+def test_a_training_recovers_from_a_first_batch_that_is_not_finite():
+    """Nothing has moments until the next exact step, the fourth: the steps before it change nothing either."""
+    net, opt = made()
+    before, (x, y) = weights(net), data()
+    opt.train_step(x * float("nan"), y)
+    moved = []
+    for step in range(4):
+        opt.train_step(*data(step))
+        moved.append(not torch.equal(weights(net), before))
+    assert moved == [False, False, True, True]
+    assert weights(net).isfinite().all()
+
+
+def test_a_state_of_no_steps_is_loaded():
+    net, opt = made(accumulate=2)
+    (F.cross_entropy(net(data()[0]), data()[1]) / 2).backward()
+    net(data()[0])  # a part is in, and no step is taken
+    other = _loaded(net, opt)
+    assert lags(other, 2) == [False, True]
+
+
 # --- a training that goes on, and the ways to a step ----------------------------------------------------------------
 
 
