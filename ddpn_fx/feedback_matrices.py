@@ -31,7 +31,7 @@ from ddpn_fx.passes.numeric import differentiable, real
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.simulate import Trajectory
 from ddpn_fx.programs import hyper_vector
-from ddpn_fx.structure import mode_of, refuse_mixing
+from ddpn_fx.structure import mode_of, of_chain, refuse_mixing
 
 _CALL = "ddpn_fx.policies"
 
@@ -167,7 +167,7 @@ class _Run:
         chain = net.capture(inputs, target, with_target=bool(targets))
         refuse_mixing(_CALL, chain, opt.feedback)
         mode = replace(mode_of(opt, named), fold=False, parts=False, stages=False, iterations=None)
-        self.program = Program(chain, mode, batch, self.leaves)
+        self.program = Program(chain, of_chain(mode, chain), batch, self.leaves)
         self.vector = hyper_vector(opt, named)
         self.state = opt._kept.of(self.program, opt.state, named)
         own = len(pytree.tree_leaves((args, kwargs)))

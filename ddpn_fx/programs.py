@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.parts import Finish, Part
 from ddpn_fx.passes.program import Program
 from ddpn_fx.ready import Ready, entries_of, normal
-from ddpn_fx.structure import mode_of, refuse_mixing, structure_of
+from ddpn_fx.structure import mode_of, of_chain, refuse_mixing, structure_of
 
 if TYPE_CHECKING:
     from ddpn_fx.optimizer import DDPNOpt
@@ -59,8 +58,7 @@ def program_for(
     mode = mode_of(opt, params)
     args, kwargs, targets = pytree.tree_unflatten(leaves, spec)
     chain = net.capture(kwargs or args, targets[0] if targets else None, with_target=bool(targets))
-    if chain.has_statistics:  # what the direction through them makes moments of is not what K's metric is made of
-        mode = replace(mode, lagged=False)
+    mode = of_chain(mode, chain)
     shared = (*key[:2], net._signature(params, buffers), mode)
     if shared not in net._lowered:
         with full_precision(params):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -79,6 +80,11 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         stages=figures,
         off=off,
     )
+
+
+def of_chain(mode: Mode, chain: Chain) -> Mode:
+    """The mode of a step of a chain: an exact one where there are batch statistics (:mod:`ddpn_fx.passes.moments`)."""
+    return replace(mode, lagged=False) if chain.has_statistics else mode
 
 
 def refuse_iterations(opt: DDPNOpt) -> None:

@@ -80,6 +80,17 @@ def test_a_chain_with_batch_statistics_has_exact_steps():
     assert len(opt.net._lowered) == 1
 
 
+def test_policies_are_those_of_the_next_step():
+    def shown(norm, every):
+        layers = nn.Linear(20, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Tanh(), nn.Linear(8, 4)
+        _, opt = made(*layers, preconditioner=EigenFactored(exact_every=every))
+        opt.train_step(*data())
+        return ddpn_fx.policies(opt, 1, *data(1)).values
+
+    assert torch.equal(shown(True, 4), shown(True, 1))
+    assert not torch.equal(shown(False, 4), shown(False, 1))
+
+
 @pytest.mark.parametrize("p", [Diagonal(exact_every=2), Factored(exact_every=2), EigenFactored(exact_every=2)])
 @pytest.mark.parametrize("options", [{}, {"rollout": "nonlinear"}, {"coupling": 4}, {"accumulate": 2}], ids=str)
 def test_a_lagged_step_forms_one_gradient_of_a_weight(p, options):
