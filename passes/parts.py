@@ -172,10 +172,9 @@ class Finish(Program):
         metrics: dict[str, Metric] = {}
         kept: dict[str, Tensor] = {}
         preconditioner = mode.preconditioner
-        found = {} if preconditioner is None else self.sites(params)
         work = working_dtype(params[n].dtype for n in self.trained)
         for name in self.trained if preconditioner is not None else ():
-            site, slots = found[name], slots_of(name, state)
+            site, slots = self.sites(params)[name], slots_of(name, state)
             with origin({"role": "metric", "module_path": name}):
                 frame = frame_of(preconditioner, site, slots)
                 if frame is not None:
@@ -186,7 +185,7 @@ class Finish(Program):
                 direction = with_decay(state[sum_key(GRADIENT, name)], params[name], frame, decay)
                 metrics[name], new = renewed(mode, site, direction, work, None, state)
                 kept |= new
-        return Update(mode, params, hyper, state, frames, metrics, kept, found, work)
+        return Update(mode, params, hyper, state, frames, metrics, kept, self.sites(params), work)
 
 
 def _joined(totals: Tensor, statistics: Mapping[str, Tensor], share: Tensor) -> Tensor:

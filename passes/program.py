@@ -65,9 +65,9 @@ class Program:
         self._sites: dict[str, Site] | None = None
 
     def sites(self, params: Mapping[str, Tensor]) -> dict[str, Site]:
-        """The controls as a preconditioner sees them, by name."""
+        """The controls as the preconditioner sees them, by name; none where there is none."""
         if self._sites is None:
-            self._sites = sites(self.chain, params)
+            self._sites = {} if self.mode.preconditioner is None else sites(self.chain, params)
         return self._sites
 
     def reads(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -123,9 +123,8 @@ class Program:
         self, params: Mapping[str, Tensor], linear: Linearization, hyper: Hyper, state: Mapping[str, Tensor]
     ) -> Update | Directions:
         """What becomes of each parameter's direction."""
-        sites = {} if self.mode.preconditioner is None else self.sites(params)
         made = linear.frames, linear.metrics, linear.metric_state
-        return Update(self.mode, params, hyper, state, *made, sites, linear.gammas.dtype)
+        return Update(self.mode, params, hyper, state, *made, self.sites(params), linear.gammas.dtype)
 
     def step(
         self,

@@ -28,7 +28,7 @@ class Diagonal(Base):
         exact_every: every so many steps v has the gradient's d, as K has in its metric; in the steps between it has
             the step's own direction, and K is in the metric of the step before (:mod:`ddpn_fx.passes.moments`). That
             takes one product of inputs and cotangents less, and is another program: the second step is compiled, too.
-            1: always exact.
+            1: always exact, as with batch norms, in the open loop, and with ``cg_iterations`` or ``moments="value"``.
     """
 
     decay: float = 0.99
