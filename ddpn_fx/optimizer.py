@@ -21,6 +21,7 @@ from ddpn_fx.options import (
     check_group,
     check_loop,
     check_nesterov,
+    coupling_of,
     initial_groups,
     number,
     of_the_metric,
@@ -58,7 +59,9 @@ class DDPNOpt(Optimizer):
         curvature: for ``terminal="bound"`` and a loss that is not known: an upper bound of its Hessian.
         params: torch's list of group dicts (``params``, ``lr``, ``weight_decay``, ``momentum``), or an iterable of
             parameters; trainable parameters in no group stay fixed. None: all trainable ones.
-        coupling: ``"batch"`` (one system), an integer g (groups of g samples), or ``"sample"`` (the paper).
+        coupling: ``"batch"`` (one system), an integer g (groups of g samples), or ``"sample"`` (the paper). None: the
+            metric's own, groups of 256 in ``"eigen-factored"`` (the whole batch with ``rollout="nonlinear"`` or
+            ``cg_iterations``), the whole batch in the others.
         quu: ``"gauss-newton"`` (M / eta + Gamma C Gamma^T) or ``"preconditioner"`` (M / eta, the paper).
         rollout: ``"linear"`` (no second forward pass) or ``"nonlinear"`` (the paper's).
         feedback: False: open loop, the plain method (Prop. 2).
@@ -121,7 +124,7 @@ class DDPNOpt(Optimizer):
         rank: int | None = 1,
         curvature: float | None = None,
         params: Iterable[Any] | None = None,
-        coupling: str | int = "batch",
+        coupling: str | int | None = None,
         quu: str = "gauss-newton",
         rollout: str = "linear",
         feedback: bool = True,
@@ -159,7 +162,8 @@ class DDPNOpt(Optimizer):
         self.net = net
         groups = initial_groups(net, params)
         lr, beta1, nesterov = of_the_metric(self._preconditioner, lr, beta1, nesterov, momentum, groups)
-        self.coupling, self.quu, self.rollout = coupling, quu, rollout
+        self.coupling = coupling_of(self._preconditioner, coupling, rollout, cg_iterations)
+        self.quu, self.rollout = quu, rollout
         self.feedback, self.decoupled, self.beta1, self.nesterov = feedback, decoupled, beta1, nesterov
         self.gain, self.trust, self.tikhonov, self.cg_iterations = gain, trust, tikhonov, cg_iterations
         check_loop(self.gain, self.trust, self.tikhonov, self.beta1)

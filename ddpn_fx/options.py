@@ -39,9 +39,12 @@ def check_arguments(
     one_of("quu", quu, ("gauss-newton", "preconditioner"))
     one_of("rollout", rollout, ("linear", "nonlinear"))
     if isinstance(coupling, bool) or (
-        coupling not in ("batch", "sample") and not (isinstance(coupling, int) and coupling >= 1)
+        coupling not in (None, "batch", "sample") and not (isinstance(coupling, int) and coupling >= 1)
     ):
-        raise ValueError(f"DDPNOpt: coupling={coupling!r} must be 'batch', 'sample' or a positive group size")
+        raise ValueError(
+            f"DDPNOpt: coupling={coupling!r} must be 'batch', 'sample' or a positive group size, or None for the "
+            "metric's own"
+        )
     if cg_iterations is not None and not (
         isinstance(cg_iterations, int) and not isinstance(cg_iterations, bool) and cg_iterations >= 1
     ):
@@ -114,6 +117,21 @@ def of_the_metric(
     if nesterov is None:
         nesterov = bool(beta1) and getattr(preconditioner, "default_nesterov", False)
     return lr, beta1, nesterov
+
+
+def coupling_of(
+    preconditioner: Preconditioner | None, coupling: str | int | None, rollout: str, cg_iterations: int | None
+) -> str | int:
+    """The coupling, the metric's own in the place of None: the whole batch where groups are none or not steady.
+
+    In the nonlinear rollout a group's y has in it what the other groups did, which its C knows nothing of.
+    """
+    if coupling is not None:
+        return coupling
+    if cg_iterations or rollout == "nonlinear":
+        return "batch"
+    found: str | int = getattr(preconditioner, "default_coupling", "batch")
+    return found
 
 
 def sketch_of(preconditioner: Preconditioner | None, sketch: int | None, cg_iterations: int | None) -> int | None:

@@ -186,8 +186,8 @@ class Preconditioner(Protocol):
     steps, 0-d: then all but every k-th step have K in that (:mod:`ddpn_fx.passes.moments`).
     It may say ``needs_samples``, True where it reads a moment's ``samples``, ``second_moments`` or ``gamma``: then no
     batch comes in parts.
-    It may say ``default_lr``, ``default_beta1``, ``default_nesterov`` and ``default_sketch``, DDPNOpt's where it is
-    given None; else they are 1.0, 0.0, False and None.
+    It may say ``default_lr``, ``default_beta1``, ``default_nesterov``, ``default_coupling`` and ``default_sketch``,
+    DDPNOpt's where it is given None; else they are 1.0, 0.0, False, ``"batch"`` and None.
     It may say ``sketches``: the metric of a parameter of two dimensions or more has ``diagonals``.
     ``moments``: ``"gradient"``: from Gamma b_T; ``"value"``: from V of the recursion, Gamma b_{t+1} (the paper).
     """

@@ -934,6 +934,40 @@ def test_the_step_size_is_the_metric_s_own_where_none_is_given(given, lr):
     assert ddpn_fx.DDPNOpt(net, 0.2, preconditioner=given).param_groups[0]["lr"] == 0.2
 
 
+def test_the_coupling_is_the_metric_s_own_where_none_is_given():
+    net = ddpn_fx.compile(nn.Linear(2, 2), loss=F.cross_entropy)
+
+    def chosen(**options):
+        return ddpn_fx.DDPNOpt(net, **options).coupling
+
+    for plain in ("identity", "diagonal", "factored", "kronecker", "eigen-kronecker", Halved()):
+        assert chosen(preconditioner=plain) == "batch"
+    for turned in ("eigen-factored", EigenFactored(max_size=4)):
+        assert chosen(preconditioner=turned) == 256
+        assert chosen(preconditioner=turned, coupling="batch") == "batch"
+        assert chosen(preconditioner=turned, coupling=64) == 64
+        assert chosen(preconditioner=turned, rollout="nonlinear") == "batch"
+        assert chosen(preconditioner=turned, cg_iterations=2) == "batch"
+    assert ddpn_fx.DDPNOpt.paper(net, 0.1, preconditioner="eigen-kronecker").coupling == "sample"
+
+
+def test_a_large_batch_falls_into_groups_of_256():
+    """Without `coupling` a step of 300 samples is that of groups of 256, not of the whole; one of 200 is the whole's."""
+
+    torch.manual_seed(0)
+    net = ddpn_fx.compile(nn.Linear(6, 3), loss=F.cross_entropy, backend="eager")
+    first, x, y = copy.deepcopy(net.state_dict()), torch.randn(300, 6), torch.randint(3, (300,))
+
+    def stepped(batch, **options):
+        net.load_state_dict(first)
+        ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored", **options).train_step(x[:batch], y[:batch])
+        return net.weight.detach().clone()
+
+    assert torch.equal(stepped(300), stepped(300, coupling=256))
+    assert not torch.allclose(stepped(300), stepped(300, coupling="batch"), rtol=1e-3)
+    assert torch.equal(stepped(200), stepped(200, coupling="batch"))
+
+
 def test_the_average_is_the_metric_s_own_where_none_is_given():
     net = ddpn_fx.compile(nn.Linear(2, 2), loss=F.cross_entropy)
 
@@ -975,13 +1009,15 @@ def test_a_wrong_preconditioner_is_refused(given, error, match):
     [
         (lambda: Diagonal(decay=1.0), r"Diagonal: decay=1.0 must be in \[0, 1\)"),
         (lambda: Kronecker(damping=0.0), "Kronecker: damping=0.0 must be positive and finite"),
-        (lambda: EigenKronecker(refresh_every=0), "EigenKronecker: refresh_every=0 must be at least 1"),
+        (lambda: EigenKronecker(refresh_every=0), "EigenKronecker: refresh_every=0 must be a whole number of at least 1"),
         (lambda: EigenFactored(basis_decay=1.0), r"EigenFactored: basis_decay=1.0 must be in \[0, 1\)"),
-        (lambda: EigenFactored(refresh_every=0), "EigenFactored: refresh_every=0 must be at least 1"),
+        (lambda: EigenFactored(refresh_every=0), "EigenFactored: refresh_every=0 must be a whole number of at least 1"),
         (lambda: EigenFactored(solver="svd"), "EigenFactored: solver='svd' must be 'eigh', 'qr' or None"),
         (lambda: EigenFactored(max_cost=-1.0), "EigenFactored: max_cost=-1.0 must be not negative"),
         (lambda: EigenFactored(max_size=-1), "EigenFactored: max_size=-1 must be not negative"),
-        (lambda: EigenFactored(exact_every=0), "EigenFactored: exact_every=0 must be at least 1"),
+        (lambda: EigenFactored(exact_every=0), "EigenFactored: exact_every=0 must be a whole number of at least 1"),
+        (lambda: Factored(exact_every=2.5), "Factored: exact_every=2.5 must be a whole number of at least 1"),
+        (lambda: EigenFactored(refresh_every=2.5), "refresh_every=2.5 must be a whole number of at least 1"),
         (lambda: EigenFactored(decay=-0.1), r"EigenFactored: decay=-0.1 must be in \[0, 1\)"),
         (lambda: Factored(moments="loss"), r"Factored: moments='loss' must be one of \('gradient', 'value'\)"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ddpn_fx
 from ddpn_fx.passes import sketch
@@ -304,6 +305,23 @@ def test_k_is_right_in_the_mean(shape):
 )
 def test_a_large_block_has_more(batch, columns, group, size):
     assert Sketch.of(4, Blocks(batch, columns, group), torch.tensor(0), torch.float32).size == size
+
+
+def test_signs_are_read_few_times():
+    """A compiler that keeps no pointwise value works each out as often as it is used: the paths to what it reads."""
+    graph = make_fx(lambda step: Sketch(4, step, torch.float32)._signs("a", 0, 8, 4))(torch.tensor(1.0)).graph
+    kept, found = torch.ops.aten.as_strided.default, []
+
+    def paths(node):
+        given = node.all_input_nodes
+        return sum(1 if source.target == kept else paths(source) for source in given) if given else 1
+
+    for node in graph.nodes:
+        if node.target == kept:
+            found.append(paths(node))
+    found.append(paths(graph.output_node()))
+    assert len(found) == 2  # the seed is kept
+    assert max(found) <= 8
 
 
 @pytest.mark.parametrize("n", [17, 256])

@@ -17,6 +17,7 @@ class Base:
     """What all have: ``moments``, no work beside the step, and what DDPNOpt takes for options that are None.
 
     Attributes:
+        default_coupling: DDPNOpt's coupling where it is None.
         default_sketch: DDPNOpt's sketch where it is None; None: K is exact.
         sketches: whether M is diagonal on rows and on columns, so that ``diagonals`` of its metric has both.
         needs_samples: whether M is made of the samples' own Q_u, not of the batch's alone.
@@ -25,6 +26,7 @@ class Base:
     default_lr: ClassVar[float] = 1.0
     default_beta1: ClassVar[float] = 0.0
     default_nesterov: ClassVar[bool] = False
+    default_coupling: ClassVar[str | int] = "batch"
     default_sketch: ClassVar[int | None] = None
     sketches: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
@@ -44,6 +46,11 @@ class Base:
                 raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} must be {rule}")
         if self.moments not in MOMENTS:
             raise ValueError(f"{type(self).__name__}: moments={self.moments!r} must be one of {MOMENTS}")
+
+
+def counts(value: Any) -> bool:
+    """Whether a value is a number of steps: whole, and at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from torch import Tensor
 from ddpn_fx.passes.frame import Frame
 from ddpn_fx.passes.metric import Metric, Moment, Site
 from ddpn_fx.passes.mode import AVERAGES
+from ddpn_fx.preconditioners.base import counts
 from ddpn_fx.preconditioners.bases import eigenbases, iterated, orthonormal
 from ddpn_fx.preconditioners.elementwise import Factored
 
@@ -70,6 +71,7 @@ class EigenFactored(Factored):
 
     default_beta1: ClassVar[float] = 0.9
     default_nesterov: ClassVar[bool] = True
+    default_coupling: ClassVar[str | int] = 256  # trains as the whole batch does, for less from 512 samples on
     default_sketch: ClassVar[int | None] = 16
     decay: float = 0.95
     exact_every: int = 4
@@ -83,7 +85,7 @@ class EigenFactored(Factored):
         super().__post_init__()
         self.check(
             basis_decay=(0.0 <= self.basis_decay < 1.0, "in [0, 1)"),
-            refresh_every=(self.refresh_every >= 1, "at least 1"),
+            refresh_every=(counts(self.refresh_every), "a whole number of at least 1"),
             solver=(self.solver in (None, "eigh", "qr"), "'eigh', 'qr' or None"),
             max_size=(self.max_size >= 0, "not negative"),
             max_cost=(self.max_cost >= 0, "not negative"),
