@@ -34,7 +34,7 @@ from ddpn_fx.demo.timing import interleaved, peak_bytes
 
 RESULTS = Path(__file__).resolve().parents[1] / "results/bench/parts.json"
 TASK, COUNTS, RANKS, SEEDS = "cifar-cnn-512", (1, 2, 4, 8, 16), 4, 3
-METRICS: dict[str, dict[str, Any]] = {"DDPNOpt": {}, "eigen-factored": TURNED}
+METRICS: dict[str, dict[str, Any]] = {"DDPNOpt": {}, "eigen-factored": TURNED | {"coupling": "batch"}}
 Step = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -57,7 +57,8 @@ OPTIMIZERS = BASELINES | PEERS
 DEFAULT = "DDPNOpt"
 GROUPS = "coupling 64"  # a row of its own where the batch is larger: the cheaper form for large batches
 EIGEN = "eigen-factored, Nesterov 0.9, lr 0.01"  # a row of its own: the other setting that is one for all tasks
-EIGEN_GROUPS = f"{EIGEN}, coupling 64"  # the same in groups
+EIGEN_GROUPS = f"{EIGEN}, coupling 64"  # the same in smaller groups
+EIGEN_WHOLE = f"{EIGEN}, whole batch"  # the same in no groups, where the batch is larger than EIGEN's
 EIGEN_CG = f"{EIGEN}, cg 5"  # the same by conjugate gradients, on large batches of what is not dear
 EIGEN_QR = f"{EIGEN}, qr"  # the same with bases renewed as on a GPU
 EIGEN_PLAIN = "eigen-factored, beta1 0.9, lr 0.01"  # without Nesterov's form
@@ -68,6 +69,7 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     GROUPS: (1.0, {"coupling": 64}),
     EIGEN: (0.01, TURNED),
     EIGEN_GROUPS: (0.01, TURNED | {"coupling": 64}),
+    EIGEN_WHOLE: (0.01, TURNED | {"coupling": "batch"}),
     EIGEN_CG: (0.01, TURNED | {"cg_iterations": 5}),
     "eigen-factored, Nesterov 0.9, lr 0.003": (0.003, TURNED),
     "lr 0.3": (0.3, {}),
@@ -80,12 +82,12 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 
 
-TRIED_WHERE_DEAR = (DEFAULT, EIGEN, EIGEN_GROUPS, "lr 3")
+TRIED_WHERE_DEAR = (DEFAULT, EIGEN, EIGEN_GROUPS, EIGEN_WHOLE, "lr 3")
 TUNED = "DDPNOpt, tuned"
 Chosen = dict[str, tuple[str, float]]  # row -> the method and value that were chosen for it
 
 
-ROWS = (DEFAULT, GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_CG, TUNED)
+ROWS = (DEFAULT, GROUPS, EIGEN, EIGEN_GROUPS, EIGEN_WHOLE, EIGEN_CG, TUNED)
 BESIDE = (EIGEN_QR, EIGEN_PLAIN)  # rows that are shown where they are asked for
 
 
@@ -225,7 +227,7 @@ class Bench:
         chosen: Chosen = {}
         for name, values in (*self.task.grids.items(), *((name, self.task.grids["Adam"]) for name in self.peers)):
             chosen[name] = name, max(values, key=lambda v, name=name: self._choice(name, v))
-        least = {GROUPS: 65, EIGEN_GROUPS: 65, EIGEN_CG: 512}  # the batch from which a setting is tried
+        least = {GROUPS: 65, EIGEN_GROUPS: 65, EIGEN_WHOLE: 257, EIGEN_CG: 512}  # the batch from which a setting is tried
         settings = [s for s in SETTINGS if self.task.batch >= least.get(s, 1)]
         if self.task.dear:
             settings = [s for s in settings if s in (*TRIED_WHERE_DEAR, *BESIDE)]
@@ -333,7 +335,7 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
     """On how many tasks the default reaches the target in so many steps and seconds, as the figures are."""
 
     def count(row: str, name: str, most: float) -> int:
-        plain = EIGEN if row == EIGEN_GROUPS else DEFAULT  # the same thing where the batch is a group
+        plain = EIGEN if row in (EIGEN_GROUPS, EIGEN_WHOLE) else DEFAULT  # the same thing where the batch is a group
         rows = [s["rows"] | {"baseline": s["rows"][s["rival"]]} for s in summaries.values()]
         found = [(r[row if row in r else plain][name], r["baseline"][name]) for r in rows if {row, plain} & {*r}]
         return sum(mine is not None and mine <= most * theirs for mine, theirs in found)
@@ -349,6 +351,7 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> list[str]:
             (EIGEN_PLAIN, "eigen-factored without Nesterov's form"),
             (GROUPS, "The default in groups of 64"),
             (EIGEN_GROUPS, "eigen-factored in groups of 64"),
+            (EIGEN_WHOLE, "eigen-factored with the batch whole"),
         )
         if any(row in s["rows"] for s in summaries.values())
     ]
@@ -363,7 +366,7 @@ def picture(path: Path, benches: list[tuple[Bench, Chosen]]) -> None:
         rival = bench.rival(chosen)
         colors = {rival: "#0072b2", DEFAULT: "#c1272d", GROUPS: "#009e73", EIGEN: "#9467bd", TUNED: "#e69f00"}
         colors |= {EIGEN_PLAIN: "#e377c2", EIGEN_QR: "#000000"}
-        colors |= {EIGEN_GROUPS: "#8c564b", EIGEN_CG: "#bcbd22"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
+        colors |= {EIGEN_GROUPS: "#8c564b", EIGEN_WHOLE: "#17becf", EIGEN_CG: "#bcbd22"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
         for row in (rival, *bench.peers, *ours(chosen)):
             curve = bench.curve(*chosen[row])
             label = row if row in ours(chosen) else f"{row}, tuned"
