@@ -952,8 +952,7 @@ def test_the_coupling_is_the_metric_s_own_where_none_is_given():
 
 
 def test_a_large_batch_falls_into_groups_of_256():
-    """Without `coupling` a step of 300 samples is that of groups of 256, not of the whole; one of 200 is the whole's."""
-
+    """Without `coupling` a step of 300 samples is that of groups of 256, not the whole's; one of 200 is the whole's."""
     torch.manual_seed(0)
     net = ddpn_fx.compile(nn.Linear(6, 3), loss=F.cross_entropy, backend="eager")
     first, x, y = copy.deepcopy(net.state_dict()), torch.randn(300, 6), torch.randint(3, (300,))
@@ -1009,7 +1008,7 @@ def test_a_wrong_preconditioner_is_refused(given, error, match):
     [
         (lambda: Diagonal(decay=1.0), r"Diagonal: decay=1.0 must be in \[0, 1\)"),
         (lambda: Kronecker(damping=0.0), "Kronecker: damping=0.0 must be positive and finite"),
-        (lambda: EigenKronecker(refresh_every=0), "EigenKronecker: refresh_every=0 must be a whole number of at least 1"),
+        (lambda: EigenKronecker(refresh_every=0), "refresh_every=0 must be a whole number of at least 1"),
         (lambda: EigenFactored(basis_decay=1.0), r"EigenFactored: basis_decay=1.0 must be in \[0, 1\)"),
         (lambda: EigenFactored(refresh_every=0), "EigenFactored: refresh_every=0 must be a whole number of at least 1"),
         (lambda: EigenFactored(solver="svd"), "EigenFactored: solver='svd' must be 'eigh', 'qr' or None"),

@@ -227,7 +227,8 @@ class Bench:
         chosen: Chosen = {}
         for name, values in (*self.task.grids.items(), *((name, self.task.grids["Adam"]) for name in self.peers)):
             chosen[name] = name, max(values, key=lambda v, name=name: self._choice(name, v))
-        least = {GROUPS: 65, EIGEN_GROUPS: 65, EIGEN_WHOLE: 257, EIGEN_CG: 512}  # the batch from which a setting is tried
+        # The batch from which a setting is tried.
+        least = {GROUPS: 65, EIGEN_GROUPS: 65, EIGEN_WHOLE: 257, EIGEN_CG: 512}
         settings = [s for s in SETTINGS if self.task.batch >= least.get(s, 1)]
         if self.task.dear:
             settings = [s for s in settings if s in (*TRIED_WHERE_DEAR, *BESIDE)]
@@ -365,8 +366,8 @@ def picture(path: Path, benches: list[tuple[Bench, Chosen]]) -> None:
     for axes, (bench, chosen) in zip(panels, benches, strict=False):
         rival = bench.rival(chosen)
         colors = {rival: "#0072b2", DEFAULT: "#c1272d", GROUPS: "#009e73", EIGEN: "#9467bd", TUNED: "#e69f00"}
-        colors |= {EIGEN_PLAIN: "#e377c2", EIGEN_QR: "#000000"}
-        colors |= {EIGEN_GROUPS: "#8c564b", EIGEN_WHOLE: "#17becf", EIGEN_CG: "#bcbd22"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
+        colors |= {EIGEN_PLAIN: "#e377c2", EIGEN_QR: "#000000", EIGEN_WHOLE: "#17becf"}
+        colors |= {EIGEN_GROUPS: "#8c564b", EIGEN_CG: "#bcbd22"} | {"SOAP": "#777777", "Muon": "#56b4e9"}
         for row in (rival, *bench.peers, *ours(chosen)):
             curve = bench.curve(*chosen[row])
             label = row if row in ours(chosen) else f"{row}, tuned"
