@@ -189,8 +189,8 @@ def _mixed(x: Tensor) -> Tensor:
 def _scrambled(x: Tensor) -> Tensor:
     """The same before the last shift, which leaves the upper 16 bits as they are.
 
-    What a compiler does not keep it reads as often as it is used, and each shift uses x twice: without the last one,
-    and with the seed kept, a program of many sketches compiles in a third of the time.
+    What a compiler does not keep it reads as often as it is used, and each shift uses x twice: with the last one, and
+    the seed not kept, a program of many sketches takes twice as long to compile (docs/notes.md).
     """
     x = x & _MASK
     x = ((x ^ (x >> 16)) * _FIRST) & _MASK
