@@ -144,7 +144,6 @@ class DDPNOpt(Optimizer):
     ) -> None:
         check_arguments(
             net,
-            coupling=coupling,
             quu=quu,
             rollout=rollout,
             feedback=feedback,

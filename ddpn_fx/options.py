@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.passes.metric import Preconditioner
+from ddpn_fx.passes.numeric import whole
 
 GROUP_KEYS = ("lr", "weight_decay", "momentum")
 
@@ -17,7 +18,6 @@ GROUP_KEYS = ("lr", "weight_decay", "momentum")
 def check_arguments(
     net: Any,
     *,
-    coupling: Any,
     quu: Any,
     rollout: Any,
     feedback: Any,
@@ -38,21 +38,12 @@ def check_arguments(
         raise TypeError(f"DDPNOpt: net must come from ddpn_fx.compile(model, loss=...), not be a {type(net).__name__}")
     one_of("quu", quu, ("gauss-newton", "preconditioner"))
     one_of("rollout", rollout, ("linear", "nonlinear"))
-    if isinstance(coupling, bool) or (
-        coupling not in (None, "batch", "sample") and not (isinstance(coupling, int) and coupling >= 1)
-    ):
-        raise ValueError(
-            f"DDPNOpt: coupling={coupling!r} must be 'batch', 'sample' or a positive group size, or None for the "
-            "metric's own"
-        )
-    if cg_iterations is not None and not (
-        isinstance(cg_iterations, int) and not isinstance(cg_iterations, bool) and cg_iterations >= 1
-    ):
+    if cg_iterations is not None and not whole(cg_iterations):
         raise ValueError(
             f"DDPNOpt: cg_iterations={cg_iterations!r} must be a positive number of iterations, "
             "or None for the dense solve"
         )
-    if sketch is not None and not (isinstance(sketch, int) and not isinstance(sketch, bool) and sketch >= 0):
+    if sketch is not None and not whole(sketch, least=0):
         raise ValueError(
             f"DDPNOpt: sketch={sketch!r} must be a number of random combinations of rows and of columns, 0 for the "
             "exact K, or None for the metric's own"
@@ -125,12 +116,19 @@ def coupling_of(
     """The coupling, the metric's own in the place of None: the whole batch where groups are none or not steady.
 
     In the nonlinear rollout a group's y has in it what the other groups did, which its C knows nothing of.
+
+    Raises:
+        ValueError: the coupling, given or the metric's own, is none.
     """
-    if coupling is not None:
-        return coupling
-    if cg_iterations or rollout == "nonlinear":
-        return "batch"
-    found: str | int = getattr(preconditioner, "default_coupling", "batch")
+    found: Any = coupling
+    if found is None:
+        own = not cg_iterations and rollout == "linear"
+        found = getattr(preconditioner, "default_coupling", "batch") if own else "batch"
+    if found not in ("batch", "sample") and not whole(found):
+        raise ValueError(
+            f"DDPNOpt: coupling={found!r} must be 'batch', 'sample' or a positive group size, or None for the "
+            "metric's own"
+        )
     return found
 
 

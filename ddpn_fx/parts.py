@@ -21,6 +21,7 @@ from torch import Tensor
 from ddpn_fx.batch import split_batch
 from ddpn_fx.passes.lower import Lowered
 from ddpn_fx.passes.mode import SHARE, STATISTICS, TOTALS, is_sum
+from ddpn_fx.passes.numeric import whole
 from ddpn_fx.passes.parts import SUMMED, empty_sums
 from ddpn_fx.passes.program import Program
 
@@ -182,7 +183,7 @@ def parts_of(accumulate: Any, group: Any) -> Parts | None:
         ValueError: ``accumulate`` is no positive number.
         TypeError: ``process_group`` is no group of torch.distributed.
     """
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+    if not whole(accumulate):
         raise ValueError(
             f"DDPNOpt: accumulate={accumulate!r} must be a positive number of parts that the batch of a step comes in"
         )

@@ -23,6 +23,7 @@ from ddpn_fx.optimizer import DDPNOpt
 from ddpn_fx.passes.capture import borrowed
 from ddpn_fx.passes.figures import FIGURES
 from ddpn_fx.passes.mode import STATISTICS
+from ddpn_fx.passes.numeric import whole
 from ddpn_fx.passes.objective import Objective
 from ddpn_fx.records import COLUMNS, Record, Records, last_step, read, stages_rows, writer
 
@@ -94,7 +95,7 @@ class Recorder:
     ) -> None:
         if not isinstance(opt, DDPNOpt):
             raise TypeError(f"ddpn_fx.Recorder: opt is a {type(opt).__name__}, it must be a ddpn_fx.DDPNOpt")
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        if not whole(every):
             raise ValueError(f"ddpn_fx.Recorder: every={every!r}, it must be a positive number of steps")
         if stages and opt._parts is not None:
             raise ValueError(

@@ -20,6 +20,7 @@ from ddpn_fx.passes.eigen import eigh
 from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.loss import Phi
 from ddpn_fx.passes.mode import FAULT_FLOOR, FAULT_MIXING, Factors, TerminalFactor
+from ddpn_fx.passes.numeric import whole
 
 NAMES = ("bound", "residual", "gradient", "exact", "sampled")
 # A loss is taken to mix samples where dJ/dx_T^i leaves the direction of grad phi_i by more than this (relative).
@@ -35,7 +36,7 @@ def make(name: str, *, rank: int | None, curvature: float | None, loss_floor: fl
     """
     if name not in NAMES:
         raise ValueError(f"DDPNOpt: terminal={name!r} is not known; choose one of {', '.join(map(repr, NAMES))}")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+    if rank is not None and not whole(rank):
         raise ValueError(f"DDPNOpt: rank={rank!r} must be a positive integer, or None for all columns")
     if name in ("residual", "gradient") and rank != 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Values: which have a derivative, what inner products are taken over, what sums are kept in, what is kept at all."""
+"""Values: what is a whole number, what has a derivative, what sums and inner products are over, what is kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from torch import Tensor
 def differentiable(value: Any) -> bool:
     """Whether a value is a real or complex tensor, not an index or a mask."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def whole(value: Any, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least ``least``; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def real(t: Tensor) -> Tensor:

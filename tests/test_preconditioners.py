@@ -949,6 +949,10 @@ def test_the_coupling_is_the_metric_s_own_where_none_is_given():
         assert chosen(preconditioner=turned, rollout="nonlinear") == "batch"
         assert chosen(preconditioner=turned, cg_iterations=2) == "batch"
     assert ddpn_fx.DDPNOpt.paper(net, 0.1, preconditioner="eigen-kronecker").coupling == "sample"
+    wrong = Halved()
+    wrong.default_coupling = "groups"
+    with pytest.raises(ValueError, match="coupling='groups' must be 'batch'"):
+        chosen(preconditioner=wrong)
 
 
 def test_a_large_batch_falls_into_groups_of_256():
@@ -1008,7 +1012,10 @@ def test_a_wrong_preconditioner_is_refused(given, error, match):
     [
         (lambda: Diagonal(decay=1.0), r"Diagonal: decay=1.0 must be in \[0, 1\)"),
         (lambda: Kronecker(damping=0.0), "Kronecker: damping=0.0 must be positive and finite"),
-        (lambda: EigenKronecker(refresh_every=0), "refresh_every=0 must be a whole number of at least 1"),
+        (
+            lambda: EigenKronecker(refresh_every=0),
+            "EigenKronecker: refresh_every=0 must be a whole number of at least 1",
+        ),
         (lambda: EigenFactored(basis_decay=1.0), r"EigenFactored: basis_decay=1.0 must be in \[0, 1\)"),
         (lambda: EigenFactored(refresh_every=0), "EigenFactored: refresh_every=0 must be a whole number of at least 1"),
         (lambda: EigenFactored(solver="svd"), "EigenFactored: solver='svd' must be 'eigh', 'qr' or None"),

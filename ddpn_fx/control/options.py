@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from ddpn_fx.control.problem import CALL
+from ddpn_fx.passes.numeric import whole
 
 STEP_SIZES = tuple(10.0 ** (-0.3 * i) for i in range(11))  # 1 to 0.001, those of Tassa's own code
 REGULARIZE = ("control", "state", "both")
@@ -28,7 +29,7 @@ def check_options(
     for name, value in (("regularization", regularization), ("tolerance", tolerance)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
             raise ValueError(f"{CALL}: {name}={value!r} must be a finite number, 0 or more")
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 0:
+    if not whole(max_iterations, least=0):
         raise ValueError(f"{CALL}: max_iterations={max_iterations!r} must be an integer, 0 or more")
     if regularize not in REGULARIZE:
         raise ValueError(

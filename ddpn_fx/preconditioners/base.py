@@ -48,11 +48,6 @@ class Base:
             raise ValueError(f"{type(self).__name__}: moments={self.moments!r} must be one of {MOMENTS}")
 
 
-def counts(value: Any) -> bool:
-    """Whether a value is a number of steps: whole, and at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 @dataclass(frozen=True)
 class Elementwise:
     """M = diag(scale), of the parameter's shape."""

@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
-from ddpn_fx.passes.numeric import worked_out
-from ddpn_fx.preconditioners.base import Base, Elementwise, counts
+from ddpn_fx.passes.numeric import whole, worked_out
+from ddpn_fx.preconditioners.base import Base, Elementwise
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Diagonal(Base):
             decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
             eps=(0.0 <= self.eps < math.inf, "finite and not negative"),
             relative_eps=(0.0 <= self.relative_eps < math.inf, "finite and not negative"),
-            exact_every=(counts(self.exact_every), "a whole number of at least 1"),
+            exact_every=(whole(self.exact_every), "a whole number of at least 1"),
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class Factored(Base):
             decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
             eps=(0.0 <= self.eps < math.inf, "finite and not negative"),
             relative_eps=(0.0 <= self.relative_eps < math.inf, "finite and not negative"),
-            exact_every=(counts(self.exact_every), "a whole number of at least 1"),
+            exact_every=(whole(self.exact_every), "a whole number of at least 1"),
         )
 
     def state(self, site: Site, like: Tensor) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
+from ddpn_fx.passes.numeric import whole
 from ddpn_fx.passes.turned import Turned, turn_both
-from ddpn_fx.preconditioners.base import Base, Elementwise, counts
+from ddpn_fx.preconditioners.base import Base, Elementwise
 from ddpn_fx.preconditioners.bases import eigenbases
 
 
@@ -108,7 +109,7 @@ class EigenKronecker(Base):
         self.check(
             decay=(0.0 <= self.decay < 1.0, "in [0, 1)"),
             damping=(0.0 < self.damping < math.inf, "positive and finite"),
-            refresh_every=(counts(self.refresh_every), "a whole number of at least 1"),
+            refresh_every=(whole(self.refresh_every), "a whole number of at least 1"),
             max_size=(self.max_size >= 0, "not negative"),
         )
 

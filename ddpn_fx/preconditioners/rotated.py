@@ -30,7 +30,7 @@ from torch import Tensor
 from ddpn_fx.passes.frame import Frame
 from ddpn_fx.passes.metric import Metric, Moment, Site
 from ddpn_fx.passes.mode import AVERAGES
-from ddpn_fx.preconditioners.base import counts
+from ddpn_fx.passes.numeric import whole
 from ddpn_fx.preconditioners.bases import eigenbases, iterated, orthonormal
 from ddpn_fx.preconditioners.elementwise import Factored
 
@@ -63,7 +63,8 @@ class EigenFactored(Factored):
         exact_every: as :class:`Diagonal`'s.
         eps: as :class:`Factored`'s, as ``relative_eps``, ``bias_correction`` and ``moments``.
 
-    ``DDPNOpt`` averages directions beside it, with beta1 0.9 in Nesterov's form, where it is not told otherwise.
+    ``DDPNOpt`` averages directions beside it, with beta1 0.9 in Nesterov's form, sketches K, and couples samples in
+    groups of 256, where it is not told otherwise.
 
     Equivalent to :class:`Factored` of the same ``decay`` and ``exact_every``, and of the same averages, with
     ``max_size=0``.
@@ -85,7 +86,7 @@ class EigenFactored(Factored):
         super().__post_init__()
         self.check(
             basis_decay=(0.0 <= self.basis_decay < 1.0, "in [0, 1)"),
-            refresh_every=(counts(self.refresh_every), "a whole number of at least 1"),
+            refresh_every=(whole(self.refresh_every), "a whole number of at least 1"),
             solver=(self.solver in (None, "eigh", "qr"), "'eigh', 'qr' or None"),
             max_size=(self.max_size >= 0, "not negative"),
             max_cost=(self.max_cost >= 0, "not negative"),
