@@ -24,6 +24,8 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ddpn_fx.passes.bundle import bundled
+
 Run = Callable[..., Any]
 
 # Arguments of torch.compile that are inductor's own; any other is for Dynamo.
@@ -112,7 +114,7 @@ class Direct:
         own = {_ATTEMPTS: min(16, present)} if (present := getattr(torch._inductor.config, _ATTEMPTS, 0)) else {}
         options = own | (self._options.get("options") or {})
         inductor = torch._TorchCompileInductorWrapper(self._options.get("mode"), options, False)
-        with torch.no_grad(), tracing(TracingContext(modes)):
+        with torch.no_grad(), tracing(TracingContext(modes)), bundled():
             run: Run = inductor(graph, inputs)
         return run
 

@@ -24,8 +24,10 @@ A weight with one position a sample needs no columns: its K is a product of two 
 a side has 16 s elements or more, S sums them in groups of neighbours, with signs +-1: ``E[S S^T] = I`` again, and as
 sums take next to nothing there can be 8 s of them. Of a frame the neighbours are of one part of its basis.
 
-The signs are a hash of the step's number, the parameter, the side and the entry. So they are others in every step, the
-same on every machine and after a resumption, and no random state of the user's is touched.
+The signs are bits of words, a hash of the step's number and the entry; each side of a parameter reads another bit, as
+its name says. So they are others in every step, the same on every machine and after a resumption, and no random state
+of the user's is touched. Where there are more than sixteen weights some have the same signs: what their parts of K are
+wrong by is as little alike as their columns. The two sides of a weight, where that would not hold, have other ones.
 
 Shapes: B batch, R columns, N = B R, P positions; O and I the first dimension of the weight and all others, I in the
 order S, C (kernel before channels), as in :mod:`ddpn_fx.passes.frame`.
@@ -36,7 +38,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,6 +69,7 @@ class Sketch:
     size: int
     step: Tensor
     dtype: torch.dtype
+    _words: dict[int, Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, least: int, blocks: Blocks, step: Tensor, dtype: torch.dtype) -> Sketch:
@@ -174,27 +177,26 @@ class Sketch:
 
     def _signs(self, name: str, side: int, n: int, count: int) -> Tensor:
         """(n, count), each +-1/sqrt(count)."""
-        seed = worked_out(_mixed(self.step.to(torch.int64) + (zlib.crc32(f"{name}/{side}".encode()) >> 1)))
-        entries = torch.arange(n * count, device=self.step.device).reshape(n, count)
-        bits = (_scrambled(entries + seed) >> 16) & 1
-        return (1 - 2 * bits).to(self.dtype) * count**-0.5
+        bit = 2 * (zlib.crc32(name.encode()) % 16) + side
+        bits = (self._words_of(n * count)[: n * count].reshape(n, count) >> bit) & 1
+        root = count**-0.5
+        return root - 2 * root * bits.to(self.dtype)
+
+    def _words_of(self, entries: int) -> Tensor:
+        """32 random bits for each of so many entries or more: worked out once for all sides of about as many."""
+        some = 1 << (entries - 1).bit_length()
+        if some not in self._words:
+            seed = _mixed(self.step.to(torch.int64))
+            self._words[some] = worked_out(_mixed(torch.arange(some, device=self.step.device) + worked_out(seed)))
+        return self._words[some]
 
 
 def _mixed(x: Tensor) -> Tensor:
     """32 bits of which each depends on all of x, as hash functions of integers mix them: shifts and odd factors."""
-    x = _scrambled(x)
-    return x ^ (x >> 16)
-
-
-def _scrambled(x: Tensor) -> Tensor:
-    """The same before the last shift, which leaves the upper 16 bits as they are.
-
-    What a compiler does not keep it reads as often as it is used, and each shift uses x twice: with the last one, and
-    the seed not kept, a program of many sketches takes twice as long to compile (docs/notes.md).
-    """
     x = x & _MASK
     x = ((x ^ (x >> 16)) * _FIRST) & _MASK
-    return ((x ^ (x >> 13)) * _SECOND) & _MASK
+    x = ((x ^ (x >> 13)) * _SECOND) & _MASK
+    return x ^ (x >> 16)
 
 
 def _times(t: Tensor, side: Tensor | None) -> Tensor:

@@ -540,15 +540,19 @@ def mix(x: int) -> int:
 
 
 def signs(name: str, side: int, n: int, s: int, steps_done: int) -> Tensor:
-    """S (n, s) of rows (side 0) or columns (1): +-1/sqrt(s), entry e minus where bit 16 of mix(e + seed) is set.
+    """S (n, s) of rows (side 0) or columns (1): +-1/sqrt(s), entry e minus where its bit is set.
 
-    seed = mix(steps_done + half of the CRC-32 of "name/side"); the identity where n is at most s.
+    The identity where n is at most s.
     """
     if n <= s:
         return torch.eye(n).double()
-    seed = mix(steps_done + zlib.crc32(f"{name}/{side}".encode()) // 2)
-    bits = [mix(entry + seed) >> 16 & 1 for entry in range(n * s)]
+    bits = [bit(name, side, entry, steps_done) for entry in range(n * s)]
     return (1 - 2 * torch.tensor(bits).double().reshape(n, s)) / s**0.5
+
+
+def bit(name: str, side: int, entry: int, steps_done: int) -> int:
+    """Of mix(entry + mix(steps_done)), the bit of a side: twice the CRC-32 of the name modulo 16, plus the side."""
+    return mix(entry + mix(steps_done)) >> 2 * (zlib.crc32(name.encode()) % 16) + side & 1
 
 
 def sums(name: str, side: int, n: int, least: int, steps_done: int, part: int) -> Tensor:
@@ -557,10 +561,9 @@ def sums(name: str, side: int, n: int, least: int, steps_done: int, part: int) -
     m is the largest divisor of the part for which at least `least` sums are left, or 1.
     """
     m = max([1, *(m for m in range(2, part + 1) if part % m == 0 and n // m >= least)])
-    seed = mix(steps_done + zlib.crc32(f"{name}/{side}".encode()) // 2)
     S = torch.zeros(n, n // m).double()
     for entry in range(n):
-        S[entry, entry // m] = 1.0 if m == 1 else 1 - 2 * (mix(entry + seed) >> 16 & 1)
+        S[entry, entry // m] = 1.0 if m == 1 else 1 - 2 * bit(name, side, entry, steps_done)
     return S
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -309,7 +310,14 @@ def test_a_large_block_has_more(batch, columns, group, size):
 
 def test_signs_are_read_few_times():
     """A compiler that keeps no pointwise value works each out as often as it is used: the paths to what it reads."""
-    graph = make_fx(lambda step: Sketch(4, step, torch.float32)._signs("a", 0, 8, 4))(torch.tensor(1.0)).graph
+
+    def drawn(step, sides):
+        sketch = Sketch(4, step, torch.float32)
+        return [sketch._signs("a", side, 8, 4) for side in range(sides)]
+
+    graph, more = (make_fx(partial(drawn, sides=n))(torch.tensor(1.0)).graph for n in (1, 2))
+    shifts = [sum(n.target == torch.ops.aten.__rshift__.Scalar for n in g.nodes) for g in (graph, more)]
+    assert shifts[1] == shifts[0] + 1  # the words are there once
     kept, found = torch.ops.aten.as_strided.default, []
 
     def paths(node):
@@ -320,8 +328,9 @@ def test_signs_are_read_few_times():
         if node.target == kept:
             found.append(paths(node))
     found.append(paths(graph.output_node()))
-    assert len(found) == 2  # the seed is kept
-    assert max(found) <= 8
+    assert len(found) == 3  # the seed and the words are kept
+    assert max(found) <= 16
+    assert found[-1] == 1
 
 
 @pytest.mark.parametrize("n", [17, 256])
