@@ -61,7 +61,8 @@ CATALOGUE = (
     Entry("derive-once", "Derives stages of one structure once and copies the nodes for the others; a large part of "
           "the time to compile."),
     Entry("fuse", "Rewrites the traced graph: all of the rewrites below."),
-    Entry("idle-views", "Drops views that give back a value at hand.", part_of="fuse"),
+    Entry("idle-views", "Makes one view of a chain of views, and drops those that give back a value at hand.",
+          part_of="fuse"),
     Entry("share", "Evaluates equal operators once (common subexpressions).", part_of="fuse"),
     Entry("dead-code", "Drops what no output needs.", part_of="fuse"),
     Entry("side-by-side", "On a GPU, joins small products with columns, for K and for the changes, into one of each "

@@ -29,7 +29,7 @@ import ddpn_fx
 from ddpn_fx.passes import Chain, build_chain, verify
 from ddpn_fx.passes.capture import capture
 from ddpn_fx.passes.errors import CaptureError, StagingError
-from ddpn_fx.passes.fuse import drop_idle_views, fuse, share
+from ddpn_fx.passes.fuse import fuse, share
 from ddpn_fx.passes.ir import HOW, Kind, Layout
 from ddpn_fx.passes.log import PassRecord, op_counts
 from ddpn_fx.passes.normalize import normalize
@@ -1070,31 +1070,6 @@ def test_fuse_keeps_the_bits_of_random_graphs(data):
     for got, expected in zip(module(*inputs), want, strict=True):
         assert got.equal(expected)
         assert got.signbit().equal(expected.signbit())
-
-
-def test_idle_views_are_dropped_and_others_kept():
-    def make(g, x):
-        x.meta["val"] = torch.zeros(2, 3)
-        chain = [
-            (aten.view.default, ([2, 3],)),  # idle
-            (aten.unsqueeze.default, (0,)),
-            (aten.select.int, (0, 0)),  # undoes it
-            (aten.t.default, ()),
-            (aten.reshape.default, ([6],)),  # of another shape
-        ]
-        for target, args in chain:
-            node = g.call_function(target, (x, *args))
-            node.meta["val"] = target(x.meta["val"], *args)
-            x = node
-        return x
-
-    module = graph_of(make)
-    assert drop_idle_views(module.graph) == 2
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    assert targets(module.graph) == [aten.t.default, aten.reshape.default]
-    x = torch.randn(2, 3)
-    assert module(x).equal(x.t().reshape(6))
 
 
 def traced(name: str, **options):
