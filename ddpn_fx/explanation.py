@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ddpn_fx.advice import advice
 from ddpn_fx.inspect import net_of
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.optimizer import DDPNOpt
@@ -86,6 +87,7 @@ class Explanation:
         mixing: what mixes the samples of the batch, or empty.
         off: names of the passes that are switched off.
         failed: the pass and the error of a compilation that failed, or empty.
+        advice: what is known of the optimizer's metric on such a model (:mod:`ddpn_fx.advice`), or empty.
     """
 
     model: str
@@ -102,6 +104,7 @@ class Explanation:
     mixing: str = ""
     failed: str = ""
     off: tuple[str, ...] = ()
+    advice: str = ""
 
     def __str__(self) -> str:
         """The report."""
@@ -129,6 +132,7 @@ class Explanation:
                     f"     K from random combinations of rows and of columns, at least {size} of each: {names}"
                 )
         lines += ["", "What the fast path does not cover", *(self.limits() or ["  nothing"])]
+        lines += ["", self.advice] if self.advice else []
         return "\n".join(lines)
 
     def stage_lines(self) -> list[str]:
@@ -171,9 +175,10 @@ def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
     if not net._chains:
         return Explanation(name, frozen=frozen, failed=failed, off=net._options["off"])
     chain = net.chain
-    grouped = None
+    grouped, known = None, ""
     if isinstance(net_or_opt, DDPNOpt):
         grouped = {id(p) for g in net_or_opt.param_groups for p in g["params"]}
+        known = advice(net_or_opt, chain)
     trainable = {n: p for n, p in net.named_parameters() if p.requires_grad}
     return Explanation(
         name,
@@ -195,6 +200,7 @@ def explain(net_or_opt: CompiledModule | DDPNOpt) -> Explanation:
         mixing="" if chain.mixing is None else describe(chain.mixing),
         failed=failed,
         off=net._options["off"],
+        advice=known,
     )
 
 

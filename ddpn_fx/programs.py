@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ddpn_fx import journal
+from ddpn_fx.advice import advise
 from ddpn_fx.batch import full_precision, split_batch
 from ddpn_fx.options import check_group, check_loop
 from ddpn_fx.parts import refuse_unshared
@@ -64,6 +65,7 @@ def program_for(
         with full_precision(params):
             net._lowered[shared] = _lowered(opt, chain, mode, leaves, batch, params)
         journal.compiled(opt)
+        advise(opt, chain)
     opt._programs[present] = net._lowered[shared]
     return opt._programs[present]
 
