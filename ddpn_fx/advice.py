@@ -2,8 +2,8 @@
 
 In the trainings of ``examples/bench/target.py`` and in those of docs/notes.md ("On other models") the default is a
 method for classifiers of dense and convolutional layers. On language, regression, many labels and batch norms it ended
-behind Adam nearly everywhere, and ``"eigen-factored"`` ahead. Nothing is wrong with such a step, so that it is a warning
-in the log, once in a process, and a line of ``explain``.
+behind Adam nearly everywhere, and ``"eigen-factored"`` ahead. Nothing is wrong with such a step, so that it is a
+warning in the log, once in a process, and a line of ``explain``.
 """
 
 from __future__ import annotations
