@@ -24,10 +24,9 @@ A weight with one position a sample needs no columns: its K is a product of two 
 a side has 16 s elements or more, S sums them in groups of neighbours, with signs +-1: ``E[S S^T] = I`` again, and as
 sums take next to nothing there can be 8 s of them. Of a frame the neighbours are of one part of its basis.
 
-The signs are bits of words, a hash of the step's number and the entry; each side of a parameter reads another bit, as
-its name says. So they are others in every step, the same on every machine and after a resumption, and no random state
-of the user's is touched. Where there are more than sixteen weights some have the same signs: what their parts of K are
-wrong by is as little alike as their columns. The two sides of a weight, where that would not hold, have other ones.
+The signs are others in every step, the same on every machine and after a resumption
+(:mod:`ddpn_fx.passes.signs`). Where there are more than sixteen weights some have the same ones: what their parts of K
+are wrong by is as little alike as their columns.
 
 Shapes: B batch, R columns, N = B R, P positions; O and I the first dimension of the weight and all others, I in the
 order S, C (kernel before channels), as in :mod:`ddpn_fx.passes.frame`.
@@ -36,9 +35,8 @@ order S, C (kernel before channels), as in :mod:`ddpn_fx.passes.frame`.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,14 +44,12 @@ from torch import Tensor
 
 from ddpn_fx.passes.frame import Frame
 from ddpn_fx.passes.gamma import Gamma
-from ddpn_fx.passes.numeric import worked_out
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.rules.base import gram_matrix, prefer_grams, product_gram
+from ddpn_fx.passes.signs import Signs, neighbours
 from ddpn_fx.passes.turned import turn
 
 _SUMS = 8  # sums over s that are left of a side, at least: fewer, and CNNs with a dense layer end lower (docs/notes.md)
-_MASK = 0xFFFFFFFF
-_FIRST, _SECOND = 0x5BD1E995, 0x2C1B3C6D  # odd and below 2^31: a product with 32 bits stays within int64
 
 
 @dataclass(frozen=True)
@@ -62,14 +58,13 @@ class Sketch:
 
     Attributes:
         size: s, at least 1.
-        step: 0-d, the number of steps before this one.
+        signs: of the step, by the number of steps before it.
         dtype: of K.
     """
 
     size: int
-    step: Tensor
+    signs: Signs
     dtype: torch.dtype
-    _words: dict[int, Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, least: int, blocks: Blocks, step: Tensor, dtype: torch.dtype) -> Sketch:
@@ -77,7 +72,7 @@ class Sketch:
         size = least
         while size * size < blocks.size:
             size *= 2
-        return cls(size, step, dtype)
+        return cls(size, Signs(step), dtype)
 
     def serves(self, gamma: Gamma, parameter: Tensor, blocks: Blocks, frame: Frame | None) -> bool:
         """Whether K of a parameter comes from a sketch: where it would need columns, and that is less work.
@@ -146,7 +141,7 @@ class Sketch:
         """``t U diag(scale)^-1/2 S`` with sums of neighbours for S: (..., n) -> (..., n / m)."""
         n = t.shape[-1]
         m = self._neighbours(n, _part(basis))
-        weights = None if m == 1 else self._signs(name, side, n, 1)[:, 0]
+        weights = None if m == 1 else self.signs.of(name, side, n, 1, self.dtype)[:, 0]
         if scale is not None:
             root = scale.rsqrt().to(self.dtype)
             weights = root if weights is None else weights * root
@@ -159,44 +154,21 @@ class Sketch:
 
     def _neighbours(self, n: int, part: int) -> int:
         """m: how many of n elements, in parts of so many (0: one part), are summed."""
-        size = part or n
-        return max(m for m in range(1, size + 1) if size % m == 0 and (m == 1 or n // m >= _SUMS * self.size))
+        return neighbours(n, _SUMS * self.size, part)
+
+    def _drawn(self, name: str, side: int, n: int) -> Tensor:
+        return self.signs.of(name, side, n, self.size, self.dtype)
 
     def _side(self, name: str, side: int, n: int, scale: Tensor | None, basis: Tensor | None) -> Tensor | None:
         """``U diag(scale)^-1/2 S``, (n, s); None where it is the identity. A side of at most s elements stays whole."""
         whole = n <= self.size
         if whole and scale is None and basis is None:
             return None
-        signs = (
-            torch.eye(n, dtype=self.dtype, device=self.step.device) if whole else self._signs(name, side, n, self.size)
-        )
+        signs = torch.eye(n, dtype=self.dtype, device=self.signs.device) if whole else self._drawn(name, side, n)
         signs = signs if scale is None else scale.rsqrt()[:, None].to(self.dtype) * signs
         if basis is None:
             return signs
         return (basis @ signs.reshape(*basis.shape[:2], -1)).flatten(0, 1)
-
-    def _signs(self, name: str, side: int, n: int, count: int) -> Tensor:
-        """(n, count), each +-1/sqrt(count)."""
-        bit = 2 * (zlib.crc32(name.encode()) % 16) + side
-        bits = (self._words_of(n * count)[: n * count].reshape(n, count) >> bit) & 1
-        root = count**-0.5
-        return root - 2 * root * bits.to(self.dtype)
-
-    def _words_of(self, entries: int) -> Tensor:
-        """32 random bits for each of so many entries or more: worked out once for all sides of about as many."""
-        some = 1 << (entries - 1).bit_length()
-        if some not in self._words:
-            seed = _mixed(self.step.to(torch.int64))
-            self._words[some] = worked_out(_mixed(torch.arange(some, device=self.step.device) + worked_out(seed)))
-        return self._words[some]
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """32 bits of which each depends on all of x, as hash functions of integers mix them: shifts and odd factors."""
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * _FIRST) & _MASK
-    x = ((x ^ (x >> 13)) * _SECOND) & _MASK
-    return x ^ (x >> 16)
 
 
 def _times(t: Tensor, side: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ import ddpn_fx
 from ddpn_fx.passes import sketch
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.rules.base import gram_matrix
+from ddpn_fx.passes.signs import Signs
 from ddpn_fx.passes.sketch import Sketch
 from ddpn_fx.preconditioners import EigenFactored, Factored
 from tests import oracle
@@ -291,7 +292,9 @@ def test_k_is_right_in_the_mean(shape):
     exact, size, count = gram_matrix(blocks.matrix(columns)), 4, 3000
     found = torch.stack(
         [
-            Sketch(size, torch.tensor(float(step)), torch.float64).gram(Columns(columns), shape, blocks, None, None)
+            Sketch(size, Signs(torch.tensor(float(step))), torch.float64).gram(
+                Columns(columns), shape, blocks, None, None
+            )
             for step in range(count)
         ]
     )
@@ -312,8 +315,8 @@ def test_signs_are_read_few_times():
     """A compiler that keeps no pointwise value works each out as often as it is used: the paths to what it reads."""
 
     def drawn(step, sides):
-        sketch = Sketch(4, step, torch.float32)
-        return [sketch._signs("a", side, 8, 4) for side in range(sides)]
+        signs = Signs(step)
+        return [signs.of("a", side, 8, 4, torch.float32) for side in range(sides)]
 
     graph, more = (make_fx(partial(drawn, sides=n))(torch.tensor(1.0)).graph for n in (1, 2))
     shifts = [sum(n.target == torch.ops.aten.__rshift__.Scalar for n in g.nodes) for g in (graph, more)]
@@ -337,13 +340,12 @@ def test_signs_are_read_few_times():
 def test_signs(n):
     drawn = []
     for step in range(200):
-        sketch = Sketch(8, torch.tensor(step), torch.float64)
-        drawn.append(sketch._signs("a.weight", 0, n, 8) * 8**0.5)
+        drawn.append(Signs(torch.tensor(step)).of("a.weight", 0, n, 8, torch.float64) * 8**0.5)
         if step < 2:
             want = oracle.signs("a.weight", 0, n, 8, step) * 8**0.5
             torch.testing.assert_close(drawn[-1], want, rtol=0, atol=1e-12)
     drawn = torch.stack(drawn)
-    others = torch.stack([Sketch(8, torch.tensor(s), torch.float64)._signs("b.weight", 0, n, 8) for s in range(200)])
+    others = torch.stack([Signs(torch.tensor(s)).of("b.weight", 0, n, 8, torch.float64) for s in range(200)])
     assert (drawn.abs() - 1).abs().max() < 1e-12
     flat = drawn.flatten(1)
     for a, b in ((flat[1:], flat[:-1]), (flat, others.flatten(1) * 8**0.5), (flat[:, 1:], flat[:, :-1])):
@@ -449,7 +451,7 @@ def test_narrow_dense_layers_are_exact():
     [(784, 0, 16, 196), (784, 28, 16, 196), (512, 0, 16, 128), (255, 0, 16, 255), (256, 0, 16, 128), (257, 0, 16, 257)],
 )
 def test_as_many_sums_are_left(n, part, size, left):
-    one = Sketch(size, torch.tensor(0), torch.float64)
+    one = Sketch(size, Signs(torch.tensor(0)), torch.float64)
     assert n // one._neighbours(n, part) == left
     eye = torch.eye(n, dtype=torch.float64)
     basis = None if part == 0 else torch.eye(part, dtype=torch.float64).repeat(n // part, 1, 1)
@@ -462,7 +464,7 @@ def test_sums_are_right_in_the_mean():
     x = torch.randn(6, 256, generator=generator, dtype=torch.float64)
     scale = torch.rand(256, generator=generator, dtype=torch.float64) + 0.5
     exact, count = (x / scale) @ x.T, 2000
-    found = [Sketch(2, torch.tensor(s), torch.float64)._summed(x, "a", 1, scale, None) for s in range(count)]
+    found = [Sketch(2, Signs(torch.tensor(s)), torch.float64)._summed(x, "a", 1, scale, None) for s in range(count)]
     assert found[0].shape == (6, 16)
     grams = torch.stack([t @ t.T for t in found])
     error = (grams.mean(0) - exact) / (grams.std(0) / count**0.5)

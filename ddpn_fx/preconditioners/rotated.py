@@ -10,6 +10,10 @@ A large side is turned in parts, each by a basis of its own, as Distributed Sham
 elements in parts of b takes n b products instead of n^2, and the eigendecompositions n b^2. It costs steps on some
 tasks and saves them on others, where more sides are affordable (docs/notes.md).
 
+``E[D D^T]`` of a wide D is that of sums of its neighbouring columns with random signs, others in every step: it is the
+same in the mean, and twenty steps, which it is averaged over, have more of them than D has columns. For both sides the
+products take as long as to turn D; of a few sums they take next to nothing.
+
 Nothing but D is needed. So any weight of two dimensions or more has it, whichever operators use it and how often. A
 convolution's inputs are its channels at every position of the kernel, in the order S, C in which it takes them: a part
 has the channels of some neighbouring positions.
@@ -31,6 +35,7 @@ from ddpn_fx.passes.frame import Frame
 from ddpn_fx.passes.metric import Metric, Moment, Site
 from ddpn_fx.passes.mode import AVERAGES
 from ddpn_fx.passes.numeric import whole
+from ddpn_fx.passes.signs import Signs, neighbours
 from ddpn_fx.preconditioners.bases import eigenbases, iterated, orthonormal
 from ddpn_fx.preconditioners.elementwise import Factored
 
@@ -52,6 +57,8 @@ class EigenFactored(Factored):
         solver: what renews them: ``"eigh"``, an eigendecomposition; ``"qr"``, one step of orthogonal iteration from the
             present bases, and an eigendecomposition after 1, 2, 4, 8 and so on steps alone; None: ``"qr"`` on a GPU,
             where an eigendecomposition takes as long as many steps and stops the host, else ``"eigh"``.
+        sums: of a wide side that is multiplied away in the second moments at least so many sums of neighbours are
+            left; 0: every element by itself.
         max_size: most elements of a side that are turned together. A larger side is cut into equal parts, each with a
             basis of its own; one without a divisor of a quarter of what is allowed (a prime number), an embedding's
             indices, and the classes that a linear layer gives a cross entropy, keep their coordinates: entries of a
@@ -79,6 +86,7 @@ class EigenFactored(Factored):
     basis_decay: float = 0.95
     refresh_every: int = 10
     solver: str | None = None
+    sums: int = 64
     max_size: int = 128
     max_cost: float = 1.0
 
@@ -87,6 +95,7 @@ class EigenFactored(Factored):
         self.check(
             basis_decay=(0.0 <= self.basis_decay < 1.0, "in [0, 1)"),
             refresh_every=(whole(self.refresh_every), "a whole number of at least 1"),
+            sums=(whole(self.sums, least=0), "a whole number of at least 0"),
             solver=(self.solver in (None, "eigh", "qr"), "'eigh', 'qr' or None"),
             max_size=(self.max_size >= 0, "not negative"),
             max_cost=(self.max_cost >= 0, "not negative"),
@@ -118,13 +127,21 @@ class EigenFactored(Factored):
     def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
         """Second moments of the batch at hand included, in the present bases."""
         found, new = super().metric(moment, state)
-        d = moment.direction.to(moment.dtype)
+        d, signs = moment.direction.to(moment.dtype), Signs(moment.step)
         for k in (0, 1):
             if f"second{k}" in state:
                 old = state[f"second{k}"]
-                parts = d.transpose(0, k).reshape(*old.shape[:2], -1)
+                parts = self._summed(d.transpose(0, k), moment.site.name, 1 - k, signs).reshape(*old.shape[:2], -1)
                 new[f"second{k}"] = old * self.basis_decay + (1 - self.basis_decay) * (parts @ parts.mT)
         return found, new
+
+    def _summed(self, d: Tensor, name: str, side: int, signs: Signs) -> Tensor:
+        """D (n, other) with sums of neighbours of the other side, which a product of D with itself has in the mean."""
+        n = d.shape[1]
+        m = neighbours(n, self.sums) if self.sums else 1
+        if m == 1:
+            return d
+        return (d * signs.of(name, side, n, 1, d.dtype)[:, 0]).unflatten(1, (n // m, m)).sum(2)
 
     def refresh(self, site: Site, state: dict[str, Tensor], step: int) -> None:
         """As :meth:`refresh_all`, of one parameter."""
