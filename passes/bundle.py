@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
-
-from torch._inductor.async_compile import AsyncCompile, get_compile_threads, kernel_code_log
-from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 Get = Callable[[], Any]
 
@@ -63,14 +61,12 @@ static PyObject* hand_out() {{
 """
 
 _active: ContextVar[bool] = ContextVar("bundled", default=False)
-_own_kernel, _own_wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
 
 
 @contextmanager
 def bundled() -> Iterator[None]:
     """Bundle the kernels of each program that inductor compiles, or loads from its caches, in here."""
-    hooked: Any = AsyncCompile
-    hooked.cpp_pybinding, hooked.wait = _kernel, _wait
+    _hook()
     token = _active.set(True)
     try:
         yield
@@ -78,22 +74,31 @@ def bundled() -> Iterator[None]:
         _active.reset(token)
 
 
-def _kernel(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
-    """What a program calls for each of its kernels as it is loaded."""
-    if not _active.get() or not _plain(source_code):
-        return _own_kernel(self, argtypes, source_code)
-    kernel_code_log.info("CPP+Bindings Kernel:\n%s", source_code)
-    bundle = self.__dict__.setdefault("_ddpn_fx_bundle", Bundle(self.submit))
-    return bundle.add(tuple(argtypes), source_code)
+@cache
+def _hook() -> None:
+    """Have inductor ask here, which is imported with the first program: it takes a second."""
+    from torch._inductor import async_compile
 
+    inductors: Any = async_compile.AsyncCompile
+    own_kernel, own_wait = inductors.cpp_pybinding, inductors.wait
 
-def _wait(self: AsyncCompile, scope: dict[str, Any]) -> None:
-    """What it calls then: its kernels, all of them known, take the place of what stands for them."""
-    bundle: Bundle | None = self.__dict__.get("_ddpn_fx_bundle")
-    if bundle is not None:
-        functions = bundle.functions()
-        scope |= {name: functions[value.index] for name, value in scope.items() if isinstance(value, _Known)}
-    _own_wait(self, scope)
+    def kernel(self: Any, argtypes: list[str], source_code: str) -> Any:
+        """What a program calls for each of its kernels as it is loaded."""
+        if not _active.get() or not _plain(source_code):
+            return own_kernel(self, argtypes, source_code)
+        async_compile.kernel_code_log.info("CPP+Bindings Kernel:\n%s", source_code)
+        bundle = self.__dict__.setdefault("_ddpn_fx_bundle", Bundle(self.submit))
+        return bundle.add(tuple(argtypes), source_code)
+
+    def wait(self: Any, scope: dict[str, Any]) -> None:
+        """What it calls then: its kernels, all of them known, take the place of what stands for them."""
+        bundle: Bundle | None = self.__dict__.get("_ddpn_fx_bundle")
+        if bundle is not None:
+            functions = bundle.functions()
+            scope |= {name: functions[value.index] for name, value in scope.items() if isinstance(value, _Known)}
+        own_wait(self, scope)
+
+    inductors.cpp_pybinding, inductors.wait = kernel, wait
 
 
 def _plain(source: str) -> bool:
@@ -137,6 +142,8 @@ class Bundle:
 
     def functions(self) -> list[Any]:
         """Compile them: the function of each."""
+        from torch._inductor.async_compile import get_compile_threads
+
         threads = max(1, get_compile_threads())
         parts = _shared_out([len(source) for _, source in self.kernels], threads)
         submit = self.submit if threads > 1 else None
@@ -162,6 +169,8 @@ def _shared_out(lengths: Sequence[int], threads: int) -> list[list[int]]:
 
 def _library(kernels: Sequence[tuple[tuple[str, ...], str]], submit: Any) -> Get:
     """Compile kernels as one module; what is returned waits for it, and gives the function that hands them out."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
     includes = dict.fromkeys(line for _, source in kernels for line in _INCLUDE.findall(source[: -len(_body(source))]))
     code = ["".join(includes)]
     bindings, methods = [], []

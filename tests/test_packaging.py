@@ -73,6 +73,15 @@ def test_import_needs_no_extra():
     assert result.returncode == 0, result.stderr
 
 
+def test_inductor_is_imported_with_the_first_program():
+    """It takes a second, and nothing of it is needed without a backend, or with another one."""
+    code = (
+        "import sys, ddpn_fx; ddpn_fx.compile, ddpn_fx.DDPNOpt; assert 'torch._inductor.codecache' not in sys.modules"
+    )
+    result = python("-W", "ignore", "-c", code, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
 def test_archives_hold_the_compiler(tmp_path):
     """The wheel and the sdist hold the same sources as the checkout, and the wheel imports from where it lies."""
     pytest.importorskip("hatchling")
