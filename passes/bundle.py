@@ -6,7 +6,7 @@ step has some dozen kernels, a closed-loop step in a metric over a hundred. Here
 as many as there are compilers at work at once, each a module whose one function hands out all of its kernels.
 
 Only what looks as it is known to look is bundled: includes and one function. Everything else, and all that is compiled
-outside of :func:`bundled`, goes inductor's own way.
+outside of :func:`bundled`, goes inductor's own way, and so do the kernels of a bundle that a compiler refuses.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+
+from ddpn_fx.passes.log import log
 
 Get = Callable[[], Any]
 
@@ -31,7 +33,7 @@ _MOST = 500_000  # the compiler's memory grows with the file
 _BINDING = """
 static PyObject* kernel_{index}_py(PyObject* self, PyObject* args) {{
     try {{
-        if (!PyTuple_CheckExact(args) || PyTuple_GET_SIZE(args) != {count}) [[unlikely]]
+        if (!PyTuple_CheckExact(args) || PyTuple_GET_SIZE(args) != {count})
             throw std::runtime_error("requires {count} args");
         kernel_{index}({arguments});
         Py_RETURN_NONE;
@@ -78,6 +80,7 @@ def bundled() -> Iterator[None]:
 def _hook() -> None:
     """Have inductor ask here, which is imported with the first program: it takes a second."""
     from torch._inductor import async_compile
+    from torch._inductor.exc import CppCompileError
 
     inductors: Any = async_compile.AsyncCompile
     own_kernel, own_wait = inductors.cpp_pybinding, inductors.wait
@@ -94,7 +97,11 @@ def _hook() -> None:
         """What it calls then: its kernels, all of them known, take the place of what stands for them."""
         bundle: Bundle | None = self.__dict__.get("_ddpn_fx_bundle")
         if bundle is not None:
-            functions = bundle.functions()
+            try:
+                functions = bundle.functions()
+            except CppCompileError as error:
+                log.info("kernels are compiled one by one: %s", error)
+                functions = [own_kernel(self, list(argtypes), source) for argtypes, source in bundle.kernels]
             scope |= {name: functions[value.index] for name, value in scope.items() if isinstance(value, _Known)}
         own_wait(self, scope)
 

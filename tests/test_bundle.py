@@ -1,5 +1,7 @@
 """Bundled kernels: those of one program in few libraries, the same results, and nothing of anybody else's."""
 
+import logging
+
 import pytest
 import torch
 from torch._inductor.cpp_builder import CppBuilder
@@ -93,6 +95,19 @@ def test_the_same_kernel_is_there_once():
     first, again, other = (bundle.add((kind, "float*"), PLAIN) for kind in ("float*", "float*", "const float*"))
     assert (first.index, again.index, other.index) == (0, 0, 1)
     assert len(bundle.kernels) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_bundle_that_is_refused_is_compiled_one_by_one(built, monkeypatch, caplog, threads):
+    hand_out = "ddpn_fx.passes.bundle._HAND_OUT"
+    monkeypatch.setattr(hand_out, "static PyObject* hand_out() {{ return no_such_function(); }}")
+    given = inputs(4)
+    with torch._inductor.config.patch(compile_threads=threads), caplog.at_level(logging.INFO, "ddpn_fx.passes"):
+        direct = Direct(trace(many, given), {})
+        for got, want in zip(direct(*given), many(*given), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert "one by one" in caplog.text
+    assert len(built) > 2
 
 
 @pytest.mark.parametrize(

@@ -1021,6 +1021,7 @@ def test_a_wrong_preconditioner_is_refused(given, error, match):
         (lambda: EigenFactored(solver="svd"), "EigenFactored: solver='svd' must be 'eigh', 'qr' or None"),
         (lambda: EigenFactored(max_cost=-1.0), "EigenFactored: max_cost=-1.0 must be not negative"),
         (lambda: EigenFactored(max_size=-1), "EigenFactored: max_size=-1 must be not negative"),
+        (lambda: EigenFactored(sums=-1), "EigenFactored: sums=-1 must be a whole number of at least 0"),
         (lambda: EigenFactored(exact_every=0), "EigenFactored: exact_every=0 must be a whole number of at least 1"),
         (lambda: Factored(exact_every=2.5), "Factored: exact_every=2.5 must be a whole number of at least 1"),
         (lambda: EigenFactored(refresh_every=2.5), "refresh_every=2.5 must be a whole number of at least 1"),
