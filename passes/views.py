@@ -1,10 +1,10 @@
 """Views: a chain of views becomes one view, or none.
 
 Rules are written for any number of columns, blocks and positions, and ``einsum`` for any product: with one of each
-they leave chains of views behind, a quarter of the nodes of a graph. A view is nothing but memory: whose, and which
-sizes, strides and offset. So each view is worked out as a view of the value that its chain begins with. Where that is
-the value itself, or a view that is there already, it takes its place; where one regrouping or one permutation of the
-first value gives the same, it takes the place of the chain.
+they leave chains of views behind, up to a quarter of the nodes of a graph. A view is nothing but memory: whose, and
+which sizes, strides and offset. So each view is worked out as a view of the value that its chain begins with. Where
+that is the value itself, or a view that is there already, it takes its place; where one regrouping or one permutation
+gives the same, of that value or of a view on the way, it takes the place of the chain.
 
 A copy by ``reshape`` begins a chain of its own, and so does ``as_strided``, which stands for a value that a compiler is
 to keep (:func:`~ddpn_fx.passes.numeric.worked_out`).
@@ -28,21 +28,13 @@ _Call = tuple[Any, list[int]]
 
 # Operator -> the one that gives a view of its first argument, or an error.
 _VIEWS: dict[Any, Any] = {
-    aten.view.default: aten.view.default,
-    aten._unsafe_view.default: aten.view.default,
-    aten.reshape.default: aten.view.default,
-    aten.alias.default: aten.alias.default,
-    aten.expand.default: aten.expand.default,
-    aten.permute.default: aten.permute.default,
-    aten.transpose.int: aten.transpose.int,
-    aten.t.default: aten.t.default,
-    aten.unsqueeze.default: aten.unsqueeze.default,
-    aten.squeeze.default: aten.squeeze.default,
-    aten.squeeze.dim: aten.squeeze.dim,
-    aten.squeeze.dims: aten.squeeze.dims,
-    aten.select.int: aten.select.int,
-    aten.slice.Tensor: aten.slice.Tensor,
-}
+    view: view
+    for view in (
+        *(aten.view.default, aten.alias.default, aten.expand.default, aten.permute.default, aten.transpose.int),
+        *(aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+        *(aten.select.int, aten.slice.Tensor),
+    )
+} | dict.fromkeys((aten._unsafe_view.default, aten.reshape.default), aten.view.default)
 
 
 @dataclass(frozen=True)
@@ -70,11 +62,14 @@ def fold_views(graph: fx.Graph) -> int:
         if view is None:
             continue
         root = view.path[0]
-        known.setdefault(views.setdefault(root, _itself(root)).key, root)
+        if root not in views:
+            views[root] = _itself(root)
+            known[views[root].key] = root
         new = known.get(view.key)
         if new is None:
-            new, path = _written(graph, node, view, views)
-            known[view.key], views[new] = new, _View(path, view.memory)
+            made = _written(graph, node, view, views)
+            views.update((each.path[-1], each) for each in made)
+            new = known[view.key] = made[-1].path[-1]
         if new is not node:
             node.replace_all_uses_with(new)
             graph.erase_node(node)
@@ -110,19 +105,19 @@ def _layout(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     return tuple(value.shape), tuple(strides), int(value.storage_offset())
 
 
-def _written(
-    graph: fx.Graph, node: fx.Node, view: _View, views: Mapping[fx.Node, _View]
-) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """The view by fewer calls, written before the node that makes it, and its path; the node where there are none."""
+def _written(graph: fx.Graph, node: fx.Node, view: _View, views: Mapping[fx.Node, _View]) -> list[_View]:
+    """The view by fewer calls, written before the node that makes it, and what these go through; else as it is."""
     for made, start in enumerate(view.path[:-2], 1):
         first = views[start].memory
         for calls in ([(aten.view.default, list(view.memory.shape))], _permuted(first, view.memory)):
             if calls and made + len(calls) < len(view.path) and _leads_to(first, calls, view.memory):
-                path = view.path[:made]
+                found = [_View(view.path[:made], first)]
                 for target, argument in calls:
-                    path = (*path, Writer(graph, node)(target, path[-1], argument))
-                return path[-1], path
-    return node, view.path
+                    path, memory = found[-1].path, found[-1].memory
+                    new = Writer(graph, node)(target, path[-1], argument)
+                    found.append(_View((*path, new), target(memory, argument)))
+                return found[1:]
+    return [view]
 
 
 def _leads_to(first: Tensor, calls: Sequence[_Call], memory: Tensor) -> bool:

@@ -71,6 +71,17 @@ X = torch.arange(24.0).reshape(2, 3, 4)
             [(aten.transpose.int, 0, 2), (aten.view.default, [4, 3, 1, 2]), (aten.view.default, [2, 2, 3, 2])],
             [aten.transpose.int, aten.view.default],
         ),
+        (  # the second view begins with what the first was written as
+            [
+                *(
+                    (aten.unsqueeze.default, 3),
+                    (aten.permute.default, [0, 3, 2, 1]),
+                    (aten.permute.default, [2, 1, 0, 3]),
+                ),
+                (aten.view.default, [2, 2, 1, 2, 3]),
+            ],
+            [aten.permute.default, aten.view.default],
+        ),
         ([(aten.transpose.int, 0, 2), (aten.reshape.default, [24]), (aten.view.default, [4, 6])], None),
         ([(aten.select.int, 0, 1), (aten.unsqueeze.default, 0)], None),
         ([(aten.slice.Tensor, 2, 1, 3), (aten.transpose.int, 0, 1)], None),
@@ -86,6 +97,17 @@ def test_a_chain_is_one_view_or_none(calls, left):
         assert targets(module)[: len(kept)] == kept
     else:
         assert targets(module) == left
+
+
+def test_idle_views_are_dropped_and_others_kept():
+    idle, undone = (aten.view.default, [2, 3]), [(aten.unsqueeze.default, 0), (aten.select.int, 0, 0)]
+    module = chain(torch.zeros(2, 3), [idle, *undone, (aten.t.default,), (aten.reshape.default, [6])])
+    assert fold_views(module.graph) == 2
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    assert targets(module) == [aten.t.default, aten.reshape.default]
+    x = torch.randn(2, 3)
+    assert module(x).equal(x.t().reshape(6))
 
 
 def test_the_same_view_twice_is_one():
@@ -123,7 +145,7 @@ def test_labels_are_those_of_the_view_that_is_replaced():
 @st.composite
 def cases(draw):
     """A tensor in some layout, and views and copies of it."""
-    sizes = draw(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=4))
+    sizes = draw(st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4))
     value = torch.arange(float(torch.Size(sizes).numel())).reshape(sizes)
     value = value.permute(draw(st.permutations(range(len(sizes)))))
     calls, now = [], value
@@ -139,6 +161,10 @@ def cases(draw):
             options += [(aten.transpose.int, d, draw(st.integers(-rank, rank - 1)))]
         if now.is_contiguous():
             options.append((aten.view.default, [*now.shape, 1]))
+        if rank and now.shape[0] > 1:  # a view of any layout, which no permutation gives
+            options.append((aten.view.default, [now.shape[0], 1, *now.shape[1:]]))
+        if rank and now.shape[-1] == 4:
+            options.append((aten.view.default, [*now.shape[:-1], 2, 2]))
         options.append((aten.expand.default, [2, *now.shape]))
         calls.append(draw(st.sampled_from(options)))
         now = calls[-1][0](now, *calls[-1][1:])
