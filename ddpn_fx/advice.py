@@ -56,7 +56,7 @@ def _of_loss(chain: Chain) -> list[str]:
         return []
     outputs = loss.args[0]
     assert isinstance(outputs, fx.Node)
-    shape = chain.sizes.get(outputs, ())
+    shape = chain.sizes[outputs]
     each = math.prod(shape) // chain.captured.batch  # of a sample
     if loss.target is aten.mse_loss.default:
         return ["a regression"]

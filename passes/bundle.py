@@ -134,31 +134,28 @@ class Bundle:
 
     Attributes:
         submit: hands a compilation to one of inductor's processes.
-        kernels: argument types and source, without those that are there already.
+        kernels: argument types and source -> which kernel it is.
     """
 
     submit: Any
-    kernels: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+    kernels: dict[tuple[tuple[str, ...], str], int] = field(default_factory=dict)
 
     def add(self, argtypes: tuple[str, ...], source: str) -> _Known:
-        """One more kernel."""
-        kernel = argtypes, source
-        if kernel not in self.kernels:
-            self.kernels.append(kernel)
-        return _Known(self.kernels.index(kernel))
+        """One more kernel, or one that is there already."""
+        return _Known(self.kernels.setdefault((argtypes, source), len(self.kernels)))
 
     def functions(self) -> list[Any]:
         """Compile them: the function of each."""
         from torch._inductor.async_compile import get_compile_threads
 
-        threads = max(1, get_compile_threads())
-        parts = _shared_out([len(source) for _, source in self.kernels], threads)
+        kernels, threads = list(self.kernels), max(1, get_compile_threads())
+        parts = _shared_out([len(source) for _, source in kernels], threads)
         submit = self.submit if threads > 1 else None
-        libraries = [_library([self.kernels[i] for i in part], submit) for part in parts]
+        libraries = [_library([kernels[i] for i in part], submit) for part in parts]
         made: dict[int, Any] = {}
         for part, library in zip(parts, libraries, strict=True):
             made.update(zip(part, library()(), strict=True))
-        return [made[i] for i in range(len(self.kernels))]
+        return [made[i] for i in range(len(kernels))]
 
 
 def _shared_out(lengths: Sequence[int], threads: int) -> list[list[int]]:

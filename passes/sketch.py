@@ -156,15 +156,15 @@ class Sketch:
         """m: how many of n elements, in parts of so many (0: one part), are summed."""
         return neighbours(n, _SUMS * self.size, part)
 
-    def _drawn(self, name: str, side: int, n: int) -> Tensor:
-        return self.signs.of(name, side, n, self.size, self.dtype)
-
     def _side(self, name: str, side: int, n: int, scale: Tensor | None, basis: Tensor | None) -> Tensor | None:
         """``U diag(scale)^-1/2 S``, (n, s); None where it is the identity. A side of at most s elements stays whole."""
         whole = n <= self.size
         if whole and scale is None and basis is None:
             return None
-        signs = torch.eye(n, dtype=self.dtype, device=self.signs.device) if whole else self._drawn(name, side, n)
+        if whole:
+            signs = torch.eye(n, dtype=self.dtype, device=self.signs.device)
+        else:
+            signs = self.signs.of(name, side, n, self.size, self.dtype)
         signs = signs if scale is None else scale.rsqrt()[:, None].to(self.dtype) * signs
         if basis is None:
             return signs

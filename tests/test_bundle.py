@@ -22,7 +22,7 @@ extern "C"  void  kernel(const float* in_ptr0,
 
 
 @pytest.fixture
-def built(monkeypatch, tmp_path):
+def built(monkeypatch):
     """The libraries that are built, in an empty cache."""
     from torch._inductor.utils import fresh_cache
 
