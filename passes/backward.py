@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from ddpn_fx.passes import bellman
 from ddpn_fx.passes import loss as losses
+from ddpn_fx.passes.beside import biases, squares
 from ddpn_fx.passes.derive import Twin
 from ddpn_fx.passes.frame import Frame, FramedGamma, frame_of, with_decay
 from ddpn_fx.passes.gamma import Gamma, Gammas
@@ -324,20 +325,24 @@ class _Recursion:
         """eta K_t of one stage."""
         linear, hyper, blocks = self.linear, self.hyper, self.linear.blocks
         gram: Tensor | None = None
-        for gamma in linear.gammas.of(self.controls[stage.index]):
+        found = {gamma.name: gamma for gamma in linear.gammas.of(self.controls[stage.index])}
+        about = found, linear.metrics, self.group, blocks
+        beside = {} if self._sketch is None else biases(self.chain, stage, *about)
+        for gamma in (found[name] for name in found if name not in beside.values()):
             with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
-                term = self._gram_of(gamma).to(linear.gammas.dtype)
+                term = self._gram_of(gamma, found.get(beside.get(gamma.name, ""))).to(linear.gammas.dtype)
                 term = hyper.lr[self.group[gamma.name]] * term
                 gram = term if gram is None else gram + term
         return linear.weight.new_zeros(blocks.count, blocks.size, blocks.size) if gram is None else gram
 
-    def _gram_of(self, gamma: Gamma) -> Tensor:
-        """K_t of one parameter."""
+    def _gram_of(self, gamma: Gamma, bias: Gamma | None) -> Tensor:
+        """K_t of one parameter, with that of a bias beside it."""
         linear, name = self.linear, gamma.name
         metric, sketch = linear.metrics.get(name), self._sketch_of(name)
+        own = squares(bias, linear.metrics[bias.name]) if bias else None
         if sketch is None:
-            return gamma.gram(linear.blocks, metric)
-        return sketch.gram(gamma.plain, self.params[name].shape, linear.blocks, linear.frames.get(name), metric)
+            return gamma.gram(linear.blocks, metric, own)
+        return sketch.gram(gamma.plain, self.params[name].shape, linear.blocks, linear.frames.get(name), metric, own)
 
     def _sketch_of(self, name: str) -> Sketch | None:
         """What K of a parameter comes from, where it is sketched."""

@@ -284,10 +284,10 @@ class TwinGamma(Gamma):
     def _run(self, face: Hashable, function: Callable[..., Any], *inputs: Tensor) -> Any:
         return self._twin.derivation.run((face, self._key), inputs, self._twin, self._copies, function)
 
-    def gram(self, blocks: Blocks, metric: Any = None) -> Tensor:
+    def gram(self, blocks: Blocks, metric: Any = None, own: Tensor | None = None) -> Tensor:
         """Gamma^T M^-1 Gamma in blocks: (G, n, n). What a metric maps is copied, the map itself is each parameter's."""
         if metric is not None:
-            return super().gram(blocks, metric)
+            return super().gram(blocks, metric, own)
         return self._run(("gram", blocks), lambda: self._traced.gram(blocks))
 
     def form(self, blocks: Blocks, sketch: int | None = None) -> None:

@@ -38,10 +38,11 @@ def _for_lapack(matrix: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
     Of a matrix that is not finite LAPACK makes an error: it is given zeros.
     """
-    finite = matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    safe = torch.where(finite, matrix, torch.zeros_like(matrix))
+    largest = matrix.abs().amax((-2, -1), keepdim=True)  # not finite where an element is not
+    finite = largest.isfinite()
+    safe = torch.where(finite, matrix, 0.0)
     unit = torch.finfo(matrix.dtype).eps
-    scale = safe.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    scale = torch.where(finite, largest, 1.0).clamp_min(torch.finfo(matrix.dtype).tiny)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
     def back(values: Tensor) -> Tensor:

@@ -55,12 +55,15 @@ class Gamma:
     parameters: Parameters
     entries: list[Entry] = field(default_factory=list)
 
-    def gram(self, blocks: Blocks, metric: Any = None) -> Tensor:
-        """Gamma^T M^-1 Gamma in blocks, for a :class:`~ddpn_fx.passes.metric.Metric` or the identity: (G, n, n)."""
+    def gram(self, blocks: Blocks, metric: Any = None, own: Tensor | None = None) -> Tensor:
+        """Gamma^T M^-1 Gamma in blocks, for a :class:`~ddpn_fx.passes.metric.Metric` or the identity: (G, n, n).
+
+        With ``own`` that of a bias too (:func:`~ddpn_fx.passes.rules.base.product_gram`): there are :meth:`factors`.
+        """
         if metric is None and not enabled("ghost-grams"):
             return gram_matrix(blocks.matrix(self.columns()))
         if metric is not None:
-            found = None if metric.sides is None else self._gram_of_sides(blocks, *metric.sides)
+            found = None if metric.sides is None else self._gram_of_sides(blocks, metric.sides, own)
             if found is not None:
                 return found
             whitened = getattr(metric, "whitened", None)
@@ -70,12 +73,12 @@ class Gamma:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
 
-    def _gram_of_sides(self, blocks: Blocks, rows: Map, columns: Map) -> Tensor | None:
+    def _gram_of_sides(self, blocks: Blocks, sides: tuple[Map, Map], own: Tensor | None) -> Tensor | None:
         """The same from products whose sides are mapped, where these are the cheaper way."""
-        factors = self.factors(blocks)
+        (rows, columns), factors = sides, self.factors(blocks)
         if factors is not None:
             x, h = (t.to(accumulate_dtype(t.dtype)) for t in factors)
-            return product_gram(columns(x), rows(h), blocks)
+            return product_gram(columns(x), rows(h), blocks, own)
         lookups = self.lookups(blocks)
         if lookups is None:
             return None

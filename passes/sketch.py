@@ -21,8 +21,8 @@ A sketch of one weight has s^2 numbers a column, so its part of K is of rank s^2
 than that, s is doubled until it has not.
 
 A weight with one position a sample needs no columns: its K is a product of two Grams, which grow with its sides. Where
-a side has 16 s elements or more, S sums them in groups of neighbours, with signs +-1: ``E[S S^T] = I`` again, and as
-sums take next to nothing there can be 8 s of them. Of a frame the neighbours are of one part of its basis.
+a side has 14 s elements or more, S sums them in groups of neighbours, with signs +-1: ``E[S S^T] = I`` again, and as
+sums take next to nothing there can be 7 s of them. Of a frame the neighbours are of one part of its basis.
 
 The signs are others in every step, the same on every machine and after a resumption
 (:mod:`ddpn_fx.passes.signs`). Where there are more than sixteen weights some have the same ones: what their parts of K
@@ -47,9 +47,8 @@ from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.rules.base import gram_matrix, prefer_grams, product_gram
 from ddpn_fx.passes.signs import Signs, neighbours
-from ddpn_fx.passes.turned import turn
 
-_SUMS = 8  # sums over s that are left of a side, at least: fewer, and CNNs with a dense layer end lower (docs/notes.md)
+_SUMS = 7  # sums over s that are left of a side, at least: fewer, and CNNs with a dense layer end lower (docs/notes.md)
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,31 @@ class Sketch:
         once = 2 * o * i * (for_x + for_h)  # the directions of the metric and of the step are turned by themselves
         return blocks.batch * thin + few + once < blocks.batch * turned + grams
 
-    def gram(self, gamma: Gamma, shape: Sequence[int], blocks: Blocks, frame: Frame | None, metric: Any) -> Tensor:
-        """K in blocks, (G, n, n); arguments as :meth:`serves`, the parameter's shape, and its metric or None."""
+    def gram(
+        self,
+        gamma: Gamma,
+        shape: Sequence[int],
+        blocks: Blocks,
+        frame: Frame | None,
+        metric: Any,
+        own: Tensor | None = None,
+    ) -> Tensor:
+        """K in blocks, (G, n, n).
+
+        Args:
+            gamma: as :meth:`serves`.
+            shape: the parameter's.
+            blocks: as :meth:`serves`.
+            frame: as :meth:`serves`.
+            metric: its metric; None for the identity.
+            own: as :func:`~ddpn_fx.passes.rules.base.product_gram`'s, of a weight with one position.
+        """
         inner = math.prod(shape[2:])
         rows, columns = (None, None) if metric is None else metric.diagonals
         if columns is not None and frame is None:
             columns = columns.reshape(-1, inner).mT.flatten()  # from C, S
         if gamma.positions_of() == 1:
-            return self._gram_of_sums(gamma, rows, columns, frame, blocks)
+            return self._gram_of_sums(gamma, rows, columns, frame, blocks, own)
         left = self._side(gamma.name, 0, shape[0], rows, None if frame is None else frame.rows)
         right = self._side(gamma.name, 1, math.prod(shape[1:]), columns, None if frame is None else frame.columns)
         thinned = gamma.thinned(right) if gamma.positions_of() else None
@@ -127,7 +143,13 @@ class Sketch:
         return gram_matrix(blocks.matrix(_times(_times(found, right).mT, left)))
 
     def _gram_of_sums(
-        self, gamma: Gamma, rows: Tensor | None, columns: Tensor | None, frame: Frame | None, blocks: Blocks
+        self,
+        gamma: Gamma,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        frame: Frame | None,
+        blocks: Blocks,
+        own: Tensor | None,
     ) -> Tensor:
         """K of a weight with one position from sums of neighbours on both sides."""
         factors = gamma.factors(blocks)
@@ -135,7 +157,7 @@ class Sketch:
         x, h = (t.to(self.dtype) for t in factors)
         x = self._summed(x, gamma.name, 1, columns, None if frame is None else frame.columns)
         h = self._summed(h, gamma.name, 0, rows, None if frame is None else frame.rows)
-        return product_gram(x, h, blocks)
+        return product_gram(x, h, blocks, own)
 
     def _summed(self, t: Tensor, name: str, side: int, scale: Tensor | None, basis: Tensor | None) -> Tensor:
         """``t U diag(scale)^-1/2 S`` with sums of neighbours for S: (..., n) -> (..., n / m)."""
@@ -150,7 +172,9 @@ class Sketch:
             return t if m == 1 else t.unflatten(-1, (n // m, m)).sum(-1)
         thin = basis if weights is None else basis * weights.reshape(len(basis), 1, -1)
         thin = thin if m == 1 else thin.unflatten(-1, (-1, m)).sum(-1)
-        return turn(t.unsqueeze(-2), thin[None]).squeeze(-2)
+        # As S^T t^T: a product with few columns, which the sums of a part are, takes BLAS four times as long.
+        turned = thin.mT @ t.flatten(0, -2).unflatten(-1, basis.shape[:2]).permute(1, 2, 0)
+        return turned.flatten(0, 1).mT.unflatten(0, t.shape[:-1])
 
     def _neighbours(self, n: int, part: int) -> int:
         """m: how many of n elements, in parts of so many (0: one part), are summed."""

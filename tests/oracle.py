@@ -592,6 +592,16 @@ def sketch(
     return torch.einsum("noi,oj,ik->njk", G, a, b).flatten(1)
 
 
+def beside(G: Tensor, own: Tensor, h: Tensor, columns: int) -> Tensor:
+    """F (N, q) of a bias: the cotangents h (N, q) as K of its layer's weight takes them, each sample's of its own size.
+
+    G: the bias's columns (N, O), so many of each sample. own: a root of its metric, own own^T = M^-1.
+    """
+    sizes, present = ((t**2).reshape(len(t) // columns, -1).sum(1) for t in (G @ own, h))
+    scale = torch.where(present > 0, sizes / present, 0.0).sqrt()
+    return h * scale.repeat_interleave(columns)[:, None]
+
+
 # --- one step -------------------------------------------------------------------------------------------------------
 
 

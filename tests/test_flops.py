@@ -225,13 +225,12 @@ def test_eigen_factored_in_the_open_loop_turns_the_direction_alone(batch):
 def test_eigen_factored_of_dense_layers_turns_inputs_and_cotangents_alone(batch, lagged):
     """Beside the factored metric's work: both sides turned for K, the direction's moments, the change turned back.
 
-    And a Gram of a bias, which shares none with a weight whose cotangents are turned. A lagged step, as the third one
-    is, has one product of inputs and cotangents less.
+    A bias is one more input of its layer. A lagged step, as the third one is, has one product of inputs and cotangents
+    less.
     """
     got, layers = measured("dense", batch, preconditioner=EigenFactored(exact_every=4 if lagged else 1))
     want = sum(p.work(batch, 1, 1, contractions=1 if lagged else 2) for p in layers)
     for p in layers:
-        want += 2 * batch**2 * p.outputs
         for n, other in ((p.inputs, p.outputs), (p.outputs, p.inputs)):
             size = 10 if p.outputs == 10 else n // 2  # parts: at most 128, and at most the other side
             want += 2 * (batch * n * size + p.inputs * p.outputs * size + n * size * summed(other))

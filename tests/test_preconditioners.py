@@ -80,7 +80,7 @@ class DenseDiagonal(Dense):
 
 
 class DenseFactored(Dense):
-    """sides: name -> roots of M^-1's two sides as `oracle.sketch` takes them, of the metric last made."""
+    """sides: name -> roots of M^-1's two sides as `oracle.sketch` takes them, or of a bias's one, last made."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -105,7 +105,9 @@ class DenseFactored(Dense):
     def made(self, name, u):
         if u.dim() < 2:
             v = self.corrected(name)
-            return (v + self.p.relative_eps**2 * v.mean() + self.p.eps**2).sqrt().diag()
+            m = (v + self.p.relative_eps**2 * v.mean() + self.p.eps**2).sqrt()
+            self.sides[name] = (m.rsqrt().diag(),)
+            return m.diag()
         row, column = self.corrected(name + "r"), self.corrected(name + "c")
         m = self.outer(name, row, column, eye(len(row)), eye(len(column)))
         return m.reshape(len(m), -1, u.shape[1]).transpose(1, 2).flatten().diag()

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import ddpn_fx
 from ddpn_fx.passes import sketch
 from ddpn_fx.passes.rules import Blocks
-from ddpn_fx.passes.rules.base import gram_matrix
+from ddpn_fx.passes.rules.base import gram_matrix, product_gram
 from ddpn_fx.passes.signs import Signs
 from ddpn_fx.passes.sketch import Sketch
 from ddpn_fx.preconditioners import EigenFactored, Factored
@@ -54,6 +54,16 @@ def summed(monkeypatch):
     monkeypatch.setattr(sketch, "_SUMS", 2)
     return found
 
+
+# Biases of dense layers with one position, whose K comes with the weight's.
+BESIDE = {
+    "cnn": {"fc.bias": "fc.weight"},
+    "cnn-groupnorm": {"fc.bias": "fc.weight"},
+    "attention-pooled": {"head.bias": "head.weight"},
+    "looped": {"head.bias": "head.weight", "stem.bias": "stem.weight"},
+    "bare": {"head.bias": "head.weight", "fc.bias": "fc.weight"},
+    "mlp-tanh": {f"{layer}.bias": f"{layer}.weight" for layer in ("fc1", "fc2", "fc3", "head")},
+}
 
 # --- the oracle -----------------------------------------------------------------------------------------------------
 
@@ -107,11 +117,19 @@ def compare(
     bounds = [batch * k // parts for k in range(parts + 1)]
     for step in range(steps):
 
-        def sketched(n, u, G, own, step=step):
+        def sketched(n, u, G, own, step=step, params=params):
+            each = parts * len(G) // batch
+            size = size_of(settings, len(G), each)
+            weight = BESIDE.get(name, {}).get(n)
+            if weight is not None and own is not None:
+                h = G @ own.sides[weight][0]
+                if served[weight]:
+                    part = basis_parts(own, weight, params[weight])[0]
+                    h = h @ oracle.sums(weight, 0, len(u), 2 * size, step, part)
+                return oracle.beside(G, *own.sides[n], h, each)
             if not served[n]:
                 return None
             left, right = identity_sides(u) if own is None else own.sides[n]
-            size = size_of(settings, len(G), parts * len(G) // batch)
             return oracle.sketch(n, G, u, left, right, size, step, basis_parts(own, n, u) if sums else None)
 
         options = {"buffers": buffers, "steps_done": step, "sketched": sketched, "metric": metric}
@@ -176,6 +194,12 @@ def test_of_other_models(metric, name, served):
 def test_sums_are_the_oracles(metric, settings, summed):
     compare("cnn", SETTINGS[settings], summed, sums=True, preconditioner=METRICS[metric], steps=3)
     assert summed["fc.weight"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("metric", ["factored", "eigen-factored, parts"])
+def test_biases_of_dense_layers_are_the_oracles(metric, settings, summed):
+    compare("mlp-tanh", SETTINGS[settings], summed, sums=True, preconditioner=METRICS[metric], steps=3)
 
 
 @pytest.mark.parametrize("metric", ["identity", "eigen-factored"])
@@ -410,10 +434,10 @@ def test_other_metrics_are_exact():
         assert sketched(net) == set()
 
 
-def dense_step(*sizes, batch=64, **options):
+def dense_step(*sizes, batch=64, bias=True, **options):
     """(net, opt) after a step of a dense network."""
     torch.manual_seed(0)
-    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.Tanh())][:-1]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b, bias=bias), nn.Tanh())][:-1]
     net = ddpn_fx.compile(nn.Sequential(*layers), loss=F.cross_entropy, backend="eager")
     opt = ddpn_fx.DDPNOpt(net, **options)
     generator = torch.Generator().manual_seed(0)
@@ -438,22 +462,74 @@ def test_what_a_basis_costs_to_leave_is_counted():
     assert sketched(dense_step(784, 128, 5, batch=64, **options)[0]) == set()
 
 
-def test_narrow_dense_layers_are_exact():
-    found = [dense_step(127, 127, 5, preconditioner="eigen-factored", sketch=size) for size in (None, 0)]
-    assert [sketched(net) for net, _ in found] == [set(), set()]
-    assert torch.equal(*(weights(net) for net, _ in found))
+def test_narrow_dense_layers_are_not_summed():
+    options = {"preconditioner": "eigen-factored"}
+    assert sketched(dense_step(127, 127, 5, **options)[0]) == set()
+    # Nor is anything else approximate, where biases do not come with their weights.
+    off = dense_step(127, 127, 5, **options, bias=False)[0], dense_step(127, 127, 5, **options, bias=False, sketch=0)[0]
+    assert torch.equal(*map(weights, off))
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("group", [5, 2])
+def test_k_with_a_bias_has_the_sizes_of_both_and_is_positive_semidefinite(columns, group):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 4), (columns, 1, 2), (columns, 3)
+    x, h, bias = (torch.randn(5, *size, generator=generator).double() for size in sizes)
+    h[2], blocks = 0.0, Blocks(5, columns, group)  # a sample that moves nothing
+    bias[2] = 0.0
+    own = bias.square().sum((1, 2))
+    gram, plain = product_gram(x, h, blocks, own), product_gram(x, h, blocks)
+    whole, without = (blocks.merge(k.diagonal(dim1=1, dim2=2)).sum(1) for k in (gram, plain))
+    close(whole - without, own, 1e-12, "what the bias adds to a sample's own")
+    assert torch.linalg.eigvalsh(gram - plain).min() > -1e-12
+    # Where both have one metric, it is K of the layer with an input of ones.
+    want = product_gram(torch.cat([x, torch.ones(5, 1, 1)], 2), h, blocks)
+    close(product_gram(x, h, blocks, h.square().sum((1, 2, 3))), want, 1e-12, "of the same cotangents")
+
+
+def test_a_bias_is_one_more_input_of_its_layer():
+    """A Gram of cotangents less for each layer."""
+    options = {"preconditioner": "eigen-factored"}
+    (net, opt), (exact, other) = dense_step(100, 64, 48, 5, **options), dense_step(100, 64, 48, 5, sketch=0, **options)
+    products = [operators(o)["aten.mm.default"] for o in (opt, other)]
+    assert products[1] - products[0] == 3
+    assert not torch.equal(weights(net), weights(exact))
+
+
+@pytest.mark.parametrize("why", ["group", "tied", "pass"])
+def test_a_bias_has_its_own_gram_where_it_is_not_its_layers(why):
+    """In a parameter group of its own, in two layers, or where no Gram of cotangents is formed: as without sketches."""
+    found = []
+    for size in (16, 0):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 8, bias=False), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        if why == "tied":
+            model[4].bias = model[2].bias
+        passes = {"ghost-grams": False} if why == "pass" else None
+        net = ddpn_fx.compile(model, loss=F.cross_entropy, backend="eager", passes=passes)
+        weight, bias = ([p for p in net.parameters() if p.dim() == d] for d in (2, 1))
+        groups = [{"params": weight}, {"params": bias}] if why == "group" else [{"params": weight + bias}]
+        opt = ddpn_fx.DDPNOpt(net, params=groups, preconditioner="eigen-factored", sketch=size)
+        generator = torch.Generator().manual_seed(0)
+        opt.train_step(torch.randn(16, 20, generator=generator), torch.randint(8, (16,), generator=generator))
+        found.append(weights(net))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
     ("n", "part", "size", "left"),
-    [(784, 0, 16, 196), (784, 28, 16, 196), (512, 0, 16, 128), (255, 0, 16, 255), (256, 0, 16, 128), (257, 0, 16, 257)],
+    [
+        *((784, 0, 16, 112), (784, 28, 16, 112), (512, 0, 16, 128), (223, 0, 16, 223), (224, 0, 16, 112)),
+        *((256, 0, 16, 128), (257, 0, 16, 257)),
+    ],
 )
 def test_as_many_sums_are_left(n, part, size, left):
     one = Sketch(size, Signs(torch.tensor(0)), torch.float64)
     assert n // one._neighbours(n, part) == left
     eye = torch.eye(n, dtype=torch.float64)
     basis = None if part == 0 else torch.eye(part, dtype=torch.float64).repeat(n // part, 1, 1)
-    want = oracle.sums("a.weight", 1, n, 8 * size, 0, part or n)
+    want = oracle.sums("a.weight", 1, n, 7 * size, 0, part or n)
     torch.testing.assert_close(one._summed(eye, "a.weight", 1, None, basis), want, rtol=0, atol=1e-12)
 
 

@@ -26,23 +26,25 @@ def eigenbases(second: Tensor) -> tuple[Tensor, Tensor]:
     Where the solver gives up, float64 is asked; where that gives up too, all keep their basis: an error would end a
     training, and a basis of nan would have every later step skipped.
     """
-    finite, eye = _finite(second), _eye(second)
-    given = torch.where(finite, second, eye)
-    found = _solved(given) or _solved(given.double())
+    eye = _eye(second)
+    found = _solved(second) or _solved(second.double())
     if found is None:
         return eye.repeat(len(second), 1, 1), second
     values, vectors = (t.to(second.dtype) for t in found)
+    finite = values[:, -1:, None].isfinite()
+    if bool(finite.all()):
+        return vectors, values.diag_embed()
     return torch.where(finite, vectors, eye), torch.where(finite, values.diag_embed(), second)
 
 
 def _solved(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Eigenvalues and eigenvectors; None where the solver gives up, or gives what is no orthonormal basis."""
+    """Eigenvalues and eigenvectors; None where the solver gives up, or gives eigenvectors that are none."""
     try:
         values, vectors = eigh(matrices)
     except torch.linalg.LinAlgError:
         return None
-    worst = (vectors.mT @ vectors - _eye(vectors)).abs().amax()
-    return (values, vectors) if bool(worst < 1e-3) else None
+    norms = torch.linalg.vector_norm(vectors, dim=-2)
+    return (values, vectors) if bool(((norms - 1).abs() < 1e-3).all()) else None
 
 
 def iterated(second: Tensor) -> tuple[Tensor, Tensor]:

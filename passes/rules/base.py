@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ddpn_fx.passes.ir import Layout
-from ddpn_fx.passes.numeric import accumulate_dtype, real
+from ddpn_fx.passes.numeric import accumulate_dtype, real, worked_out
 
 
 @dataclass(frozen=True)
@@ -334,13 +334,15 @@ def positions(t: Tensor, layout: Layout, batch: int, at: int = 0) -> Tensor:
     return t.reshape(*t.shape[: at + 1], -1, t.shape[-1])
 
 
-def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks) -> Tensor:
+def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks, own: Tensor | None = None) -> Tensor:
     """K of outer products sum_p x_p (x) h_p, from Grams of x and h or from the products, whichever is cheaper.
 
     Args:
         x: (B, P, I).
         h: (B, R, P, O).
         blocks: the coupling.
+        own: (B,), with one position: the squares of what a bias has for h, summed over columns. Then K is with that of
+            the bias, as one more input of each sample (:mod:`ddpn_fx.passes.beside`).
     """
     assert h is not None
     dtype = accumulate_dtype(x.dtype)
@@ -351,6 +353,10 @@ def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks) -> Tensor:
         gx = blocks.split(x[:, 0])
         gh = blocks.columns_of(h[:, :, 0])
         gram_x, gram_h = gram_matrix(gx), gram_matrix(gh)
+        if own is not None:
+            present = (h * h).flatten(1).sum(1)
+            e = blocks.split(worked_out(torch.where(present > 0, own.to(dtype) / present, 0.0).sqrt()))
+            gram_x = gram_x + e[:, :, None] * e[:, None]
         if r == 1:
             return gram_x * gram_h
         count = blocks.count
