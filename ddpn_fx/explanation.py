@@ -58,6 +58,7 @@ class Compiled:
         passes: what was run for it.
         sketched: the parameters whose K is from a sketch, of at least ``mode["sketch"]`` combinations
             (:mod:`ddpn_fx.passes.sketch`).
+        beside: the biases whose K comes with their weight's (:mod:`ddpn_fx.passes.beside`).
     """
 
     batch: int
@@ -66,6 +67,7 @@ class Compiled:
     mode: Mapping[str, Any]
     passes: tuple[Pass, ...]
     sketched: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class Explanation:
                 lines.append(
                     f"     K from random combinations of rows and of columns, at least {size} of each: {names}"
                 )
+            if program.beside:
+                lines.append(f"     K of a bias with that of its weight: {_cut_short(', '.join(program.beside))}")
         lines += ["", "What the fast path does not cover", *(self.limits() or ["  nothing"])]
         lines += ["", self.advice] if self.advice else []
         return "\n".join(lines)
@@ -248,7 +252,9 @@ def _programs(lowered: Mapping[Any, Lowered]) -> list[Compiled]:
         shapes = tuple(tuple(shape) for shape, _, _ in each.shapes[:count])
         mode = {f.name: getattr(each.program.mode, f.name) for f in fields(each.program.mode)}
         passes = tuple(map(_pass, each.records))
-        found.append(Compiled(each.program.batch, shapes, _trigger(key, earlier), mode, passes, each.program.sketched))
+        made = each.program
+        about = shapes, _trigger(key, earlier), mode, passes, made.sketched, made.beside
+        found.append(Compiled(made.batch, *about))
         earlier.append(key)
     return found
 

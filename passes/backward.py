@@ -57,7 +57,8 @@ class Linearization:
         frames: parameter name -> its frame, where its metric and directions are in one.
         metrics: parameter name -> K's metric, where the preconditioner is not the identity.
         metric_state: what the preconditioner keeps, by key.
-        sketched: the parameters whose K is from a sketch.
+        sketched: those whose K is from a sketch.
+        beside: the biases whose K comes with their weight's.
         share: s_j of a batch that comes in parts, 0-d; None: the whole.
         gradients: parameter name -> Gamma b_T with its share, of a part, where a metric is made of it.
         clamps: eigenvalues clamped so far.
@@ -79,6 +80,7 @@ class Linearization:
     metrics: dict[str, Metric] = field(default_factory=dict)
     metric_state: dict[str, Tensor] = field(default_factory=dict)
     sketched: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
     share: Tensor | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
     clamps: Tensor | None = None
@@ -326,9 +328,9 @@ class _Recursion:
         linear, hyper, blocks = self.linear, self.hyper, self.linear.blocks
         gram: Tensor | None = None
         found = {gamma.name: gamma for gamma in linear.gammas.of(self.controls[stage.index])}
-        about = found, linear.metrics, self.group, blocks
-        beside = {} if self._sketch is None else biases(self.chain, stage, *about)
-        for gamma in (found[name] for name in found if name not in beside.values()):
+        beside = biases(self.chain, stage, found, linear.metrics, self.group, blocks) if self._sketch else {}
+        linear.beside += beside.values()
+        for gamma in (found[name] for name in found if name not in linear.beside):
             with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
                 term = self._gram_of(gamma, found.get(beside.get(gamma.name, ""))).to(linear.gammas.dtype)
                 term = hyper.lr[self.group[gamma.name]] * term

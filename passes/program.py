@@ -49,6 +49,7 @@ class Program:
 
     Attributes:
         sketched: the parameters whose K is from a sketch, known once a step was traced or run.
+        beside: the biases whose K comes with their weight's, likewise.
         updates: whether the step ends in the update, and so has the averages of momentum and beta1.
     """
 
@@ -62,6 +63,7 @@ class Program:
         self.controls = [[p for p in s.controls if p in self.group] for s in chain.stages]
         self.trained = [p for ps in self.controls for p in ps]
         self.sketched: tuple[str, ...] = ()
+        self.beside: tuple[str, ...] = ()
         self._sites: dict[str, Site] | None = None
 
     def sites(self, params: Mapping[str, Tensor]) -> dict[str, Site]:
@@ -101,7 +103,7 @@ class Program:
     def backward(self, trajectory: Trajectory, hyper: Hyper, state: Mapping[str, Tensor]) -> Linearization:
         """The linearisation, the metrics and the policies."""
         linear = backward(self.chain, self.mode, self.controls, self.batch, trajectory, hyper, state)
-        self.sketched = tuple(linear.sketched)
+        self.sketched, self.beside = tuple(linear.sketched), tuple(linear.beside)
         return linear
 
     def feedback(

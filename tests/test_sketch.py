@@ -494,6 +494,8 @@ def test_a_bias_is_one_more_input_of_its_layer():
     (net, opt), (exact, other) = dense_step(100, 64, 48, 5, **options), dense_step(100, 64, 48, 5, sketch=0, **options)
     products = [operators(o)["aten.mm.default"] for o in (opt, other)]
     assert products[1] - products[0] == 3
+    assert "K of a bias with that of its weight: 4.bias, 2.bias, 0.bias" in str(ddpn_fx.explain(opt))
+    assert "K of a bias" not in str(ddpn_fx.explain(other))
     assert not torch.equal(weights(net), weights(exact))
 
 
