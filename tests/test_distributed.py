@@ -80,15 +80,15 @@ def train(rank, options, loop, backend):
     [
         ({}, "train_step", "eager"),
         ({"accumulate": 2, "lr": 0.3, "momentum": 0.9, "weight_decay": 0.05}, "usual", "inductor"),
-        ({"preconditioner": EIGEN, "lr": 0.05, "accumulate": 2}, "train_step", "eager"),
-        ({"preconditioner": EIGEN, "lr": 0.05, "beta1": 0.9, "nesterov": True}, "usual", "eager"),
-        ({"preconditioner": EIGEN, "lr": 0.05}, "wrapped", "eager"),
+        ({"preconditioner": EIGEN, "sketch": 0, "lr": 0.05, "accumulate": 2}, "train_step", "eager"),
+        ({"preconditioner": EIGEN, "sketch": 0, "lr": 0.05, "beta1": 0.9, "nesterov": True}, "usual", "eager"),
+        ({"preconditioner": EIGEN, "sketch": 0, "lr": 0.05}, "wrapped", "eager"),
     ],
     ids=("default", "accumulated", "metric, accumulated", "metric", "wrapped"),
 )
 def test_the_step_is_the_oracles(options, loop, backend, tmp_path):
     found = spawned(train, tmp_path, options, loop, backend)
-    given = {k: v for k, v in options.items() if k not in ("preconditioner", "accumulate")}
+    given = {k: v for k, v in options.items() if k not in ("preconditioner", "sketch", "accumulate")}
     if "preconditioner" in options:
         given = {"beta1": 0.9, "nesterov": True, **given}
     settings, metric = oracle.Settings(**given), None

@@ -90,8 +90,8 @@ METRICS = {
     "decay": {"weight_decay": 0.1, "momentum": 0.9, "lr": 0.3},
     "diagonal": {"preconditioner": Diagonal(decay=0.9, eps=1e-3), "lr": 0.05},
     # In parts so small that the moments of one step have full rank: without it a basis is what rounding makes it. And
-    # with exact steps alone, as conjugate gradients have them.
-    "eigen-factored": {"preconditioner": EigenFactored(max_size=2, exact_every=1), "lr": 0.05},
+    # with exact steps alone and the exact K, as conjugate gradients have them.
+    "eigen-factored": {"preconditioner": EigenFactored(max_size=2, exact_every=1), "sketch": 0, "lr": 0.05},
     "eigen-kronecker": {"preconditioner": EigenKronecker(damping=0.1), "lr": 0.05, "weight_decay": 0.1},
     "full rank": {"rank": None},
     "sampled": {"terminal": "sampled", "rank": 2, "lr": 0.1},
