@@ -57,7 +57,7 @@ class Linearization:
         frames: parameter name -> its frame, where its metric and directions are in one.
         metrics: parameter name -> K's metric, where the preconditioner is not the identity.
         metric_state: what the preconditioner keeps, by key.
-        sketched: those whose K is from a sketch.
+        sketched: the parameters whose K is from a sketch.
         beside: the biases whose K comes with their weight's.
         share: s_j of a batch that comes in parts, 0-d; None: the whole.
         gradients: parameter name -> Gamma b_T with its share, of a part, where a metric is made of it.
