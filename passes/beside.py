@@ -8,10 +8,11 @@ stays one more input, of the size that gives each sample its own K:
     (K_t)_kl = (x_i . x_j + e_i e_j) (h_k . h_l),    e_i^2 = |h_i|^2 of the bias / |h_i|^2 of the weight,
 
 each in its metric, i and j the samples of k and l, |h_i|^2 summed over a sample's columns. That is positive
-semidefinite, and of one column exact on the diagonal. With narrow layers and many samples the Grams are most of a
+semidefinite, and of one column exact on the diagonal. With narrow layers and many samples the Grams are a third of a
 step: a bias took one for the weight's two.
 
-As with sketches (:mod:`ddpn_fx.passes.sketch`) omega alone is touched, and so where these are wanted this is.
+As with sketches (:mod:`ddpn_fx.passes.sketch`) omega alone is touched, and so where these are wanted this is; but
+theirs is K in the mean, and this is not.
 """
 
 from __future__ import annotations
