@@ -253,8 +253,7 @@ def _programs(lowered: Mapping[Any, Lowered]) -> list[Compiled]:
         mode = {f.name: getattr(each.program.mode, f.name) for f in fields(each.program.mode)}
         passes = tuple(map(_pass, each.records))
         made = each.program
-        about = shapes, _trigger(key, earlier), mode, passes, made.sketched, made.beside
-        found.append(Compiled(made.batch, *about))
+        found.append(Compiled(made.batch, shapes, _trigger(key, earlier), mode, passes, made.sketched, made.beside))
         earlier.append(key)
     return found
 

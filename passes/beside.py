@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from ddpn_fx.passes.catalogue import enabled
 from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.ir import Chain, Stage
 from ddpn_fx.passes.metric import Metric
@@ -47,8 +46,6 @@ def biases(
         group: parameter name -> index of its parameter group: they have one step size.
         blocks: the blocks of K.
     """
-    if not enabled("ghost-grams"):
-        return {}
     return {
         weight: bias
         for weight, bias in _layers(chain, stage)

@@ -75,7 +75,8 @@ class Gamma:
 
     def _gram_of_sides(self, blocks: Blocks, sides: tuple[Map, Map], own: Tensor | None) -> Tensor | None:
         """The same from products whose sides are mapped, where these are the cheaper way."""
-        (rows, columns), factors = sides, self.factors(blocks)
+        rows, columns = sides
+        factors = self.factors(blocks)
         if factors is not None:
             x, h = (t.to(accumulate_dtype(t.dtype)) for t in factors)
             return product_gram(columns(x), rows(h), blocks, own)
