@@ -30,6 +30,7 @@ from ddpn_fx.passes.mode import Hyper
 from ddpn_fx.passes.numeric import differentiable, real
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.simulate import Trajectory
+from ddpn_fx.passes.stacked import apart
 from ddpn_fx.programs import hyper_vector
 from ddpn_fx.structure import mode_of, of_chain, refuse_mixing
 
@@ -169,7 +170,7 @@ class _Run:
         mode = replace(mode_of(opt, named), fold=False, parts=False, stages=False, iterations=None)
         self.program = Program(chain, of_chain(mode, chain), batch, self.leaves)
         self.vector = hyper_vector(opt, named)
-        self.state = opt._kept.of(self.program, opt.state, named)
+        self.state = apart(opt._kept.of(self.program, opt.state, named))
         own = len(pytree.tree_leaves((args, kwargs)))
         self.pictured = [
             i

@@ -13,6 +13,7 @@ from ddpn_fx.passes.metric import Preconditioner, Site
 from ddpn_fx.passes.mode import AVERAGES, state_key
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.program import Program
+from ddpn_fx.passes.stacked import Key, stack, stacks
 
 
 class Kept:
@@ -31,9 +32,9 @@ class Kept:
         self.taken = 0
         self.fresh = True
 
-    def of(self, program: Program, state: MutableMapping[Any, Any], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that a program reads and writes, by its keys; made where they are missing."""
-        found: dict[str, Tensor] = {}
+    def of(self, program: Program, state: MutableMapping[Any, Any], params: Mapping[str, Tensor]) -> dict[Key, Tensor]:
+        """The tensors that a program reads and writes, by its keys; made where they are missing, and stacked."""
+        slots_of: dict[str, list[str]] = {}
         mode = program.mode
         for name in program.trained:
             averaged = program.updates and (mode.average or mode.momentum[program.group[name]])
@@ -42,11 +43,10 @@ class Kept:
             kept = state[params[name]]
             slots, fresh = _slots(program, name, params, kept)
             self.fresh |= fresh
-            found |= {state_key(slot, name): tensor for slot, tensor in slots.items()}
-            if averaged:
-                if kept.get(mode.buffer) is None:
-                    kept[mode.buffer] = _average(program, name, params, slots)
-                found[state_key(mode.buffer, name)] = kept[mode.buffer]
+            if averaged and kept.get(mode.buffer) is None:
+                kept[mode.buffer] = _average(program, name, params, slots)
+            slots_of[name] = [*slots, *([mode.buffer] if averaged else [])]
+        found = _found(program, slots_of, state, params)
         if mode.counts:
             if self.count is None:
                 self.count = _zero(params)
@@ -116,6 +116,30 @@ def _slots(
     if missing and frame is not None:  # averages that were kept without a frame go into the first one
         kept.update({k: frame.into(kept[k]) for k in AVERAGES if k in kept and kept[k].shape == site.shape})
     return {slot: kept[slot] for slot in fresh}, bool(missing)
+
+
+def _found(
+    program: Program,
+    slots: Mapping[str, Sequence[str]],
+    state: Mapping[Any, dict[str, Any]],
+    params: Mapping[str, Tensor],
+) -> dict[Key, Tensor]:
+    """What is kept of each parameter under some slots, by the keys of a program; of alike ones as their stack."""
+    sites = program.sites(params) if program.mode.preconditioner is not None else {}
+    found: dict[Key, Tensor] = {}
+    groups = stacks(params, program.group, sites, slots)
+    for names in groups:
+        for slot in slots[names[0]]:
+            key = tuple(state_key(slot, name) for name in names)
+            found[key] = stack([state[params[name]] for name in names], slot)
+    alone = slots.keys() - {name for names in groups for name in names}
+    for name in (n for n in slots if n in alone):
+        kept = state[params[name]]
+        for slot in slots[name]:
+            if kept[slot]._is_view():  # of a stack that it is no part of any more
+                kept[slot] = kept[slot].clone()
+            found[state_key(slot, name)] = kept[slot]
+    return found
 
 
 def _average(program: Program, name: str, params: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:

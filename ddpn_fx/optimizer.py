@@ -60,7 +60,7 @@ class DDPNOpt(Optimizer):
         params: torch's list of group dicts (``params``, ``lr``, ``weight_decay``, ``momentum``), or an iterable of
             parameters; trainable parameters in no group stay fixed. None: all trainable ones.
         coupling: ``"batch"`` (one system), an integer g (groups of g samples), or ``"sample"`` (the paper). None: the
-            metric's own, groups of 256 in ``"eigen-factored"`` (the whole batch with ``rollout="nonlinear"`` or
+            metric's own, groups of 128 in ``"eigen-factored"`` (the whole batch with ``rollout="nonlinear"`` or
             ``cg_iterations``), the whole batch in the others.
         quu: ``"gauss-newton"`` (M / eta + Gamma C Gamma^T) or ``"preconditioner"`` (M / eta, the paper).
         rollout: ``"linear"`` (no second forward pass) or ``"nonlinear"`` (the paper's).

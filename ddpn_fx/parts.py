@@ -130,7 +130,7 @@ class Parts:
         totals, largest = self._sums[TOTALS], self._sums[TOTALS].clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         assert self.lowered is not None
-        joined = [self._sums[key] for key in self.lowered.signature.state if is_sum(key)]
+        joined = [self._sums[key] for key in self.lowered.signature.state if isinstance(key, str) and is_sum(key)]
         for _, alike in groupby(sorted(joined, key=lambda t: str(t.dtype)), key=lambda t: t.dtype):
             tensors = list(alike)
             flat = torch.cat([t.reshape(-1) for t in tensors])

@@ -21,6 +21,7 @@ from ddpn_fx.passes.mode import Hyper, Mode
 from ddpn_fx.passes.numeric import accumulate_dtype
 from ddpn_fx.passes.parts import Finish, Part
 from ddpn_fx.passes.program import Program
+from ddpn_fx.passes.stacked import Key, apart
 from ddpn_fx.ready import Ready, entries_of, normal
 from ddpn_fx.structure import mode_of, of_chain, refuse_mixing, structure_of
 
@@ -137,11 +138,13 @@ def _bound(opt: DDPNOpt, lowered: Lowered, params: Mapping[str, nn.Parameter], b
     return Ready(lowered, params, buffers, state, members, rests_on)
 
 
-def state_of(opt: DDPNOpt, program: Program, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_of(opt: DDPNOpt, program: Program, params: Mapping[str, Tensor]) -> dict[Key, Tensor]:
     """What a program reads and writes beside weights and buffers."""
     with full_precision(params):  # what is turned here is kept
         state = opt._kept.of(program, opt.state, params)
-        return state if opt._parts is None else state | opt._parts.of(program, params, state)
+        if opt._parts is not None:
+            state.update(opt._parts.of(program, params, apart(state)).items())
+        return state
 
 
 def hyper_vector(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Tensor:

@@ -19,6 +19,7 @@ from ddpn_fx.module import REGISTRIES
 from ddpn_fx.passes.direct import Direct, settings
 from ddpn_fx.passes.lower import Lowered
 from ddpn_fx.passes.metric import Site
+from ddpn_fx.passes.stacked import Key
 
 _PAIR = pytree.tree_structure((0, 0))
 
@@ -137,7 +138,7 @@ class Ready:
         lowered: Lowered,
         params: Mapping[str, nn.Parameter],
         buffers: Mapping[str, Tensor],
-        state: Mapping[str, Tensor],
+        state: Mapping[Key, Tensor],
         members: Sequence[tuple[Site, dict[str, Any]]],
         rests_on: Iterable[tuple[dict[Any, Any], Iterable[Any]]],
     ) -> None:

@@ -51,7 +51,8 @@ def replay(net: CompiledModule, skipped: dict[str, str]) -> list[Snapshot]:
             params = {n: p.detach() for n, p in net.named_parameters(remove_duplicate=False)}
             buffers = dict(net.named_buffers(remove_duplicate=False))
             flat = first.sample(params, buffers)
-            given = first.signature.unflatten(flat, first.program)
+            *given, _ = first.signature.unflatten(flat, first.program)
+            given.append(first.signature.stored(flat))
             with torch.no_grad(), watched(lambda *event: listen("step", *event)):
                 lower(first.program, *given, backend="eager", compile_kwargs={})
     except Exception as error:  # what was reached is still worth a look

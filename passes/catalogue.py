@@ -61,6 +61,8 @@ CATALOGUE = (
     Entry("derive-once", "Derives stages of one structure once and copies the nodes for the others; a large part of "
           "the time to compile."),
     Entry("fuse", "Rewrites the traced graph: all of the rewrites below."),
+    Entry("alike", "Does once, on a stack, what the step does for each of several small parameters of one shape.",
+          part_of="fuse"),
     Entry("idle-views", "Makes one view of a chain of views, and drops those that give back a value at hand.",
           part_of="fuse"),
     Entry("share", "Evaluates equal operators once (common subexpressions).", part_of="fuse"),

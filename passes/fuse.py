@@ -1,5 +1,7 @@
 """Fuse: rewrites of a generated graph that keep its results and drop work.
 
+- what a step does for each of several small parameters of one kind is done once, on their stack
+  (:mod:`ddpn_fx.passes.alike`);
 - common subexpressions: the loss's forward is traced for its value and for its gradient; each
   pure operator with the same arguments is evaluated once;
 - chains of views become one view or none (:mod:`ddpn_fx.passes.views`);
@@ -19,9 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from ddpn_fx.passes.alike import join_alike
 from ddpn_fx.passes.catalogue import expanded
 from ddpn_fx.passes.functional import mutates
 from ddpn_fx.passes.horizontal import on_gpu, side_by_side
+from ddpn_fx.passes.rewrites.keys import freeze
 from ddpn_fx.passes.views import fold_views
 
 _IMPURE = (torch.Tag.nondeterministic_seeded,)
@@ -30,6 +34,10 @@ _IMPURE = (torch.Tag.nondeterministic_seeded,)
 def fuse(module: fx.GraphModule, off: Iterable[str] = ()) -> fx.GraphModule:
     """Fold views, drop common subexpressions and dead code, in place, without the rewrites named in ``off``."""
     without = expanded(off)
+    if "alike" not in without:
+        if "share" not in without:  # what lanes have in common is none's own
+            share(module.graph)
+        join_alike(module.graph)
     if "idle-views" not in without:
         fold_views(module.graph)
     if "share" not in without:
@@ -65,14 +73,3 @@ def _pure(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return not target._schema.is_mutable and not any(t in target.tags for t in _IMPURE)
     return getattr(target, "__module__", "") == "_operator"
-
-
-def freeze(value: Any) -> Any:
-    """A hashable form in which 1, 1.0 and True differ, and 0.0 and -0.0."""
-    if isinstance(value, (list, tuple)):
-        return tuple(freeze(v) for v in value)
-    if isinstance(value, dict):
-        return tuple(sorted((k, freeze(v)) for k, v in value.items()))
-    if isinstance(value, slice):
-        return ("slice", freeze((value.start, value.stop, value.step)))
-    return (type(value), repr(value) if isinstance(value, float) else value)

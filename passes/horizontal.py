@@ -11,15 +11,15 @@ On a CPU a call costs next to nothing beside its memory, and nothing is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.functional import mutates
+from ddpn_fx.passes.rewrites.order import in_order
 from ddpn_fx.passes.rewrites.writer import Writer
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ def side_by_side(graph: fx.Graph, most: int = MOST) -> int:
                 joined(graph, members)
                 dropped += len(members) - 1
     if dropped:
-        _in_order(graph)
+        in_order(graph)
     return dropped
 
 
@@ -185,28 +185,3 @@ def _beside(graph: fx.Graph, members: Sequence[_Product]) -> fx.Node:
         if user.target is aten.cat.default and user.args == (matrices, 1):
             return user
     return Writer(graph, first)(aten.cat.default, matrices, 1)
-
-
-def _in_order(graph: fx.Graph) -> None:
-    """Bring the nodes into an order in which each comes after its inputs; what writes, and the output, stay last."""
-    nodes = list(graph.nodes)
-    position = {node: i for i, node in enumerate(nodes)}
-    waiting = {node: len(node.all_input_nodes) for node in nodes}
-    ready = [i for i, node in enumerate(nodes) if not waiting[node]]
-    heapify(ready)
-    ordered: list[fx.Node] = []
-    while ready:
-        node = nodes[heappop(ready)]
-        ordered.append(node)
-        for user in node.users:
-            waiting[user] -= 1
-            if not waiting[user]:
-                heappush(ready, position[user])
-    assert len(ordered) == len(nodes)
-    for node in (*_but(ordered, last=False), *_but(ordered, last=True)):
-        graph.output_node().prepend(node)
-
-
-def _but(nodes: Iterable[fx.Node], *, last: bool) -> list[fx.Node]:
-    """The nodes that write into an input, or those that do not; without the output."""
-    return [n for n in nodes if n.op != "output" and (n.target is aten.copy_.default) is last]

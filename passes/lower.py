@@ -33,17 +33,18 @@ from ddpn_fx.passes.log import PassRecord, log, op_counts, timed
 from ddpn_fx.passes.mode import Hyper
 from ddpn_fx.passes.program import Program, pack
 from ddpn_fx.passes.provenance import KEYS, origin
+from ddpn_fx.passes.stacked import Key, apart, together
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Names of the tensors a step takes, in the order of its flat arguments."""
+    """Names of the tensors a step takes, in the order of its flat arguments; of a stack, those of its entries."""
 
     params: tuple[str, ...]
     buffers: tuple[str, ...]
-    state: tuple[str, ...]
+    state: tuple[Key, ...]
     leaves: int
 
     def late(self, program: Program) -> list[int]:
@@ -66,7 +67,7 @@ class Signature:
         buffers: Mapping[str, Tensor],
         leaves: Sequence[Any],
         vector: Tensor,
-        state: Mapping[str, Tensor],
+        state: Mapping[Any, Tensor],
     ) -> list[Tensor]:
         """Parameters, buffers, the batch's tensors, the vector of numbers, optimiser state."""
         tensors = [t for t in leaves if isinstance(t, Tensor)]
@@ -81,16 +82,19 @@ class Signature:
     def unflatten(
         self, flat: Sequence[Tensor], program: Program
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Any], Tensor, dict[str, Tensor]]:
-        """The inverse of :meth:`flatten`; constants of the batch come from the program."""
+        """The inverse of :meth:`flatten`, with stacks taken apart; constants of the batch come from the program."""
         items = iter(flat)
         params = {n: next(items) for n in self.params}
         buffers = {n: next(items) for n in self.buffers}
         leaves = [next(items) if t else c for t, c in zip(program.is_tensor, program.constants, strict=True)]
-        vector = next(items)
-        return params, buffers, leaves, vector, {n: next(items) for n in self.state}
+        return params, buffers, leaves, next(items), apart(self.stored(flat))
+
+    def stored(self, flat: Sequence[Tensor]) -> dict[Key, Tensor]:
+        """The optimiser state among flat arguments, as it is kept."""
+        return dict(zip(self.state, flat[len(flat) - len(self.state) :], strict=True))
 
 
-def signature(program: Program, state: Mapping[str, Tensor]) -> Signature:
+def signature(program: Program, state: Mapping[Any, Tensor]) -> Signature:
     """The signature of a program's step."""
     params, buffers = program.reads()
     return Signature(params, buffers, tuple(state), sum(program.is_tensor))
@@ -142,7 +146,7 @@ def lower(
     buffers: Mapping[str, Tensor],
     leaves: Sequence[Any],
     vector: Tensor,
-    state: Mapping[str, Tensor],
+    state: Mapping[Any, Tensor],
     *,
     backend: Any,
     compile_kwargs: Mapping[str, Any],
@@ -155,7 +159,7 @@ def lower(
         buffers: buffers by name.
         leaves: the batch's leaves.
         vector: the numbers of the step (:meth:`Hyper.pack`).
-        state: optimiser state by name.
+        state: optimiser state by key; stacks of it by the keys of their entries.
         backend: of ``torch.compile``; ``"eager"`` runs the fused graph; None runs the program untraced.
         compile_kwargs: further arguments of ``torch.compile``.
     """
@@ -172,7 +176,7 @@ def lower(
     def step(*tensors: Tensor) -> list[Tensor]:
         p, b, x, v, s = names.unflatten(tensors, program)
         new_p, new_b, new_s, statistics, made = program.step(p, b, x, v, s)
-        position = {
+        position: dict[tuple[str, Key], int] = {
             (k, n): i
             for i, (k, n) in enumerate([*(("p", n) for n in names.params), *(("b", n) for n in names.buffers)])
         }
@@ -180,7 +184,8 @@ def lower(
         position |= {("s", n): offset + i for i, n in enumerate(names.state)}
         outputs = [statistics]
         written.clear()
-        for kind, new in (("p", new_p), ("b", new_b), ("s", new_s)):
+        kept: Mapping[Any, Tensor] = together(names.state, new_s, s)
+        for kind, new in (("p", new_p), ("b", new_b), ("s", kept)):
             for name, value in new.items():
                 written.append((position[kind, name], len(outputs)))
                 outputs.append(value)
@@ -265,7 +270,7 @@ def _quiet() -> Iterator[None]:
 def trace(function: Callable[..., Any], flat: Sequence[Tensor]) -> fx.GraphModule:
     """``make_fx`` on real tensors; the random state is given back."""
     # One mode for every node's ``val``: without it make_fx makes a mode for each node, at the price of a stack trace.
-    values = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+    values = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True)))
     with _quiet(), values, torch.no_grad(), random_state(flat):
         module, sharing = _trace(function, flat)
         if not make_functional(module.graph):  # a composite operator that works in place
@@ -321,7 +326,7 @@ def _write_in_place(module: fx.GraphModule, written: Sequence[tuple[int, int]]) 
 def _name_placeholders(module: fx.GraphModule, names: Signature) -> None:
     """Give inputs the names of what they hold, so that an exported graph can be read."""
     labels = [f"param_{n}" for n in names.params] + [f"buffer_{n}" for n in names.buffers]
-    labels += [f"batch_{i}" for i in range(names.leaves)] + ["hyper"] + [f"state_{n}" for n in names.state]
+    labels += [f"batch_{i}" for i in range(names.leaves)] + ["hyper"] + [f"state_{_shown(n)}" for n in names.state]
     taken = {n.name for n in module.graph.nodes}
     for node, text in zip([n for n in module.graph.nodes if n.op == "placeholder"], labels, strict=True):
         name = "".join(c if c.isalnum() else "_" for c in text)
@@ -333,6 +338,10 @@ def _name_placeholders(module: fx.GraphModule, names: Signature) -> None:
         node.meta["role"] = "input"
         node.meta.setdefault("module_path", text.split("_", 1)[-1])
     module.recompile()
+
+
+def _shown(key: Key) -> str:
+    return key if isinstance(key, str) else f"{key[0]} and {len(key) - 1} more"
 
 
 def parts(

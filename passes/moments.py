@@ -30,6 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ddpn_fx.passes.alike import lane
 from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.metric import Metric, Moment, Site
 from ddpn_fx.passes.mode import Mode, slots_of, state_key
@@ -47,7 +48,8 @@ def lags(mode: Mode, site: Site) -> bool:
 def kept(mode: Mode, site: Site, state: Mapping[str, Tensor]) -> Metric:
     """The metric of a parameter as the step before has left it."""
     preconditioner: Any = mode.preconditioner
-    return cast(Metric, preconditioner.kept(site, slots_of(site.name, state), state["step"]))
+    with lane("metric", site.name):
+        return cast(Metric, preconditioner.kept(site, slots_of(site.name, state), state["step"]))
 
 
 def renewed(
@@ -70,7 +72,8 @@ def renewed(
     """
     assert mode.preconditioner is not None
     moment = Moment(site, direction, state["step"] + 1, dtype, of_samples)
-    metric, new = mode.preconditioner.metric(moment, slots_of(site.name, state))
+    with lane("metric", site.name):
+        metric, new = mode.preconditioner.metric(moment, slots_of(site.name, state))
     return metric, {state_key(slot, site.name): t for slot, t in new.items()}
 
 

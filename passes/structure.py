@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ddpn_fx.passes.fuse import freeze
 from ddpn_fx.passes.ir import HELD, Chain, Kind, Stage
 from ddpn_fx.passes.provenance import label
+from ddpn_fx.passes.rewrites.keys import freeze
 
 
 @dataclass

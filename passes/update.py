@@ -7,10 +7,12 @@ has divided. Nesterov's form takes the average as it would be a step later, with
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from ddpn_fx.passes.alike import lane
 from ddpn_fx.passes.frame import Frame, with_decay
 from ddpn_fx.passes.metric import Metric, Site
 from ddpn_fx.passes.mode import SQUARES, Hyper, Mode, state_key
@@ -68,6 +70,10 @@ class Update:
             direction: Gamma omega, in the parameter's frame, where it has one.
             squares: :func:`~ddpn_fx.passes.moments.square_norms`, in a lagged step.
         """
+        with lane("update", name):
+            return self._change(name, direction, squares)
+
+    def _change(self, name: str, direction: Tensor, squares: Tensor | None) -> Tensor:
         mode, hyper = self._mode, self._hyper
         g, value, frame = self._group[name], self._params[name], self._frames.get(name)
         key, metric = state_key(mode.buffer, name), self._metrics.get(name)
@@ -120,4 +126,9 @@ class Directions:
 
 def kept_or_new(skipped: Tensor, new: Iterable[tuple[str, Tensor]], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is after a step: the new values, or the old ones where it was skipped (0-d)."""
-    return {name: torch.where(skipped, old[name], value) for name, value in new}
+    found = {}
+    for key, value in new:
+        _, of_state, name = key.partition("/")
+        with lane("kept", name) if of_state else nullcontext():
+            found[key] = torch.where(skipped, old[key], value)
+    return found

@@ -15,6 +15,7 @@ from ddpn_fx.data import Dataset, send
 from ddpn_fx.demo.timing import interleaved, peak_bytes
 from ddpn_fx.passes.errors import LossError
 from ddpn_fx.passes.numeric import differentiable
+from ddpn_fx.passes.stacked import apart
 from ddpn_fx.programs import state_of
 
 aten = torch.ops.aten
@@ -124,7 +125,7 @@ def test_a_step_runs_without_values(name):
 
     params = {n: bare(p.detach()) for n, p in net.named_parameters()}
     for each in (lowered, lowered.finish) if lowered.finish else (lowered,):
-        state = state_of(opt, each.program, dict(net.named_parameters()))
+        state = apart(state_of(opt, each.program, dict(net.named_parameters())))
         given = [bare(t) for t in batch(each.program.batch)], bare(each.vector), {k: bare(t) for k, t in state.items()}
         with torch.no_grad():
             new, _, _, statistics, _ = each.program.step(params, {}, *given)

@@ -957,8 +957,8 @@ def test_the_coupling_is_the_metric_s_own_where_none_is_given():
         chosen(preconditioner=wrong)
 
 
-def test_a_large_batch_falls_into_groups_of_256():
-    """Without `coupling` a step of 300 samples is that of groups of 256, not the whole's; one of 200 is the whole's."""
+def test_a_large_batch_falls_into_groups_of_128():
+    """Without `coupling` a step of 300 samples is that of groups of 128, not the whole's; one of 100 is the whole's."""
     torch.manual_seed(0)
     net = ddpn_fx.compile(nn.Linear(6, 3), loss=F.cross_entropy, backend="eager")
     first, x, y = copy.deepcopy(net.state_dict()), torch.randn(300, 6), torch.randint(3, (300,))
@@ -968,9 +968,9 @@ def test_a_large_batch_falls_into_groups_of_256():
         ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored", **options).train_step(x[:batch], y[:batch])
         return net.weight.detach().clone()
 
-    assert torch.equal(stepped(300), stepped(300, coupling=256))
+    assert torch.equal(stepped(300), stepped(300, coupling=128))
     assert not torch.allclose(stepped(300), stepped(300, coupling="batch"), rtol=1e-3)
-    assert torch.equal(stepped(200), stepped(200, coupling="batch"))
+    assert torch.equal(stepped(100), stepped(100, coupling="batch"))
 
 
 def test_the_average_is_the_metric_s_own_where_none_is_given():

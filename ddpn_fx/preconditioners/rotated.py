@@ -71,7 +71,7 @@ class EigenFactored(Factored):
         eps: as :class:`Factored`'s, as ``relative_eps``, ``bias_correction`` and ``moments``.
 
     ``DDPNOpt`` averages directions beside it, with beta1 0.9 in Nesterov's form, sketches K, and couples samples in
-    groups of 256, where it is not told otherwise.
+    groups of 128, where it is not told otherwise.
 
     Equivalent to :class:`Factored` of the same ``decay`` and ``exact_every``, and of the same averages, with
     ``max_size=0``.
@@ -79,7 +79,7 @@ class EigenFactored(Factored):
 
     default_beta1: ClassVar[float] = 0.9
     default_nesterov: ClassVar[bool] = True
-    default_coupling: ClassVar[str | int] = 256  # trains as the whole batch does, for less from 512 samples on
+    default_coupling: ClassVar[str | int] = 128  # trains as the whole batch does, for less from 256 samples on
     default_sketch: ClassVar[int | None] = 16
     decay: float = 0.95
     exact_every: int = 4

@@ -1,0 +1,232 @@
+"""What is alike is done once: the same steps, from fewer operators, on state that is kept stacked."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import ddpn_fx
+from ddpn_fx.passes.alike import MOST, join_alike, lane
+
+WIDTH = 12
+X, Y = torch.randn(10, 6, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 4
+
+
+def net(**options):
+    torch.manual_seed(0)
+    blocks = [m for _ in range(3) for m in (nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(6, WIDTH), *blocks, nn.Linear(WIDTH, 4))
+    return ddpn_fx.compile(model, loss=F.cross_entropy, **{"backend": "eager", **options})
+
+
+def trained(steps, passes=None, backend="eager", **options):
+    compiled = net(passes=passes, backend=backend)
+    opt = ddpn_fx.DDPNOpt(compiled, **options)
+    losses = [opt.train_step(X, Y).item() for _ in range(steps)]
+    return compiled, opt, losses
+
+
+def kept(opt):
+    return [t for p in opt.net.parameters() for t in opt.state[p].values()]
+
+
+def operators(compiled):
+    """Of each program, how many roots, quotients and writes it has."""
+    targets = torch.ops.aten.sqrt.default, torch.ops.aten.div.Tensor, torch.ops.aten.copy_.default
+    graphs = [lowered.module.graph for lowered in compiled._lowered.values()]
+    return [len(graph.find_nodes(op="call_function", target=t)) for graph in graphs for t in targets]
+
+
+CASES = {
+    "eigen-factored": {"preconditioner": "eigen-factored"},
+    "with decay": {"preconditioner": "eigen-factored", "weight_decay": 0.01},
+    "with decoupled decay": {"preconditioner": "eigen-factored", "weight_decay": 0.01, "decoupled": True},
+    "exact": {"preconditioner": ddpn_fx.preconditioners.EigenFactored(exact_every=1), "sketch": 0},
+    "factored": {"preconditioner": "factored", "lr": 0.01},
+    "diagonal": {"preconditioner": "diagonal", "lr": 0.01},
+    "kronecker": {"preconditioner": "kronecker", "lr": 0.1},
+    "momentum": {"momentum": 0.9, "nesterov": True},
+    "nonlinear": {"preconditioner": "eigen-factored", "rollout": "nonlinear"},
+    "full rank": {"preconditioner": "eigen-factored", "rank": None},
+    "open": {"preconditioner": "eigen-factored", "feedback": False},
+    "parts": {"preconditioner": "eigen-factored", "accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_the_steps_are_the_same(options):
+    """Losses, weights and all that is kept, with what is alike together and each by itself."""
+    together, opt, losses = trained(6, **options)
+    apart, other, expected = trained(6, passes={"alike": False}, **options)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close([*together.parameters()], [*apart.parameters()], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept(opt), kept(other), rtol=1e-3, atol=1e-5)
+
+
+def test_it_takes_fewer_operators():
+    """What a step does for each of some weights is done once, in an exact step and in a lagged one."""
+    together, _, _ = trained(2, preconditioner="eigen-factored")
+    apart, _, _ = trained(2, passes={"alike": False}, preconditioner="eigen-factored")
+    counts = list(zip(operators(together), operators(apart), strict=True))
+    assert len(counts) == 6
+    assert all(3 * a < 2 * b for a, b in (counts[i] for i in (0, 1, 3, 4)))
+    assert counts[2][0] == counts[2][1]  # state is stored stacked in both, and written as it is stored
+
+
+def test_inductor_takes_the_same_steps():
+    """Compiled, on the stacks in place; without eigenvectors, whose signs and order are rounding's to choose."""
+    options = {"preconditioner": "factored", "lr": 0.01, "beta1": 0.9}
+    _, opt, losses = trained(4, backend="inductor", **options)
+    _, other, expected = trained(4, passes={"alike": False}, **options)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept(opt), kept(other), rtol=1e-3, atol=1e-4)
+
+
+def alike_biases(opt):
+    return [opt.state[p]["square_avg"] for p in opt.net.parameters() if p.shape == (WIDTH,)]
+
+
+def test_state_of_alike_weights_is_one_tensor():
+    """Each parameter's is a view of it, and stays so from step to step."""
+    _, opt, _ = trained(1, preconditioner="eigen-factored")
+    base = alike_biases(opt)[0]._base
+    assert base.shape == (10, WIDTH)
+    opt.train_step(X, Y)
+    assert all(t._base is base and torch.equal(t, base[i]) for i, t in enumerate(alike_biases(opt)))
+
+
+@pytest.mark.parametrize("how", ["loaded", "copied", "replaced"])
+def test_what_is_kept_may_be_loaded_copied_and_replaced(how):
+    """Training goes on as it would have, and what is taken back into a stack is what was given."""
+    _, opt, _ = trained(3, preconditioner="eigen-factored")
+    _, same, _ = trained(3, preconditioner="eigen-factored")
+    if how == "loaded":
+        saved = copy.deepcopy(opt.state_dict())
+        opt.train_step(X, Y)
+        with torch.no_grad():
+            for p, q in zip(opt.net.parameters(), same.net.parameters(), strict=True):
+                p.copy_(q)
+        opt.load_state_dict(saved)
+    elif how == "copied":
+        opt = copy.deepcopy(opt)
+    else:
+        for p in opt.net.parameters():
+            opt.state[p] = {slot: t.clone() for slot, t in opt.state[p].items()}
+    assert torch.equal(opt.train_step(X, Y), same.train_step(X, Y))
+    assert torch.equal(opt.train_step(X, Y), same.train_step(X, Y))
+    torch.testing.assert_close(kept(opt), kept(same), rtol=0, atol=0)
+    assert len({id(t._base) for t in alike_biases(opt)}) == 1
+
+
+def test_a_parameter_that_leaves_has_its_state_for_itself():
+    """Frozen, the others' stack is made anew; the step is that of the plain state."""
+    results = []
+    for passes in (None, {"alike": False}):
+        compiled, opt, _ = trained(2, passes=passes, preconditioner="eigen-factored")
+        frozen = next(p for p in compiled.parameters() if p.shape == (WIDTH,))
+        before = frozen.detach().clone(), opt.state[frozen]["square_avg"].clone()
+        frozen.requires_grad_(False)
+        results.append([opt.train_step(X, Y).item() for _ in range(2)])
+        assert torch.equal(frozen, before[0])
+        assert torch.equal(opt.state[frozen]["square_avg"], before[1])
+        others = [t for t in alike_biases(opt) if t is not opt.state[frozen]["square_avg"]]
+        assert {id(t._base) for t in others} == {id(others[0]._base)}
+        assert len(others[0]._base) == 9
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_parameter_groups_and_large_weights_have_stacks_of_their_own_or_none():
+    """A group's numbers are its own; what is large is not copied about."""
+    compiled = net()
+    ps = list(compiled.parameters())
+    groups = [{"params": ps[:6]}, {"params": ps[6:], "lr": 0.1}]
+    opt = ddpn_fx.DDPNOpt(compiled, params=groups, preconditioner="eigen-factored")
+    opt.train_step(X, Y)
+    assert sorted({len(t._base) for t in alike_biases(opt)}) == [4, 6]
+    wide = int(MOST**0.5) + 1
+    large = nn.Sequential(nn.Linear(3, wide), nn.Linear(wide, wide), nn.Linear(wide, wide))
+    opt = ddpn_fx.DDPNOpt(ddpn_fx.compile(large, loss=F.mse_loss, backend="eager"), preconditioner="factored", lr=0.01)
+    opt.train_step(torch.randn(2, 3), torch.zeros(2, wide))
+    assert all(t._base is None for p in large.parameters() if p.dim() > 1 for t in opt.state[p].values())
+    assert all(t._base is not None for p in large.parameters() if p.dim() == 1 for t in opt.state[p].values())
+
+
+# -- the pass by itself --------------------------------------------------------------------------------
+
+
+def graph_of(function, *tensors: Tensor) -> fx.GraphModule:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    module = make_fx(function)(*tensors)
+    for node, t in zip(module.graph.find_nodes(op="placeholder"), tensors, strict=True):
+        node.meta["val"] = t
+    values = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = node.meta["val"] = mode.from_tensor(node.meta["val"])
+        elif node.op == "call_function":
+            with mode:
+                values[node] = node.meta["val"] = node.target(*fx.node.map_arg(node.args, values.__getitem__))
+    return module
+
+
+def lanes_of(module):
+    return join_alike(module.graph)
+
+
+def test_lanes_with_a_common_input_and_inputs_in_views():
+    """Views of a stack's entries are taken of the stack; what all read is read as it is."""
+    stack, common, other = torch.randn(3, 4, 5), torch.randn(5, 4), torch.randn(3, 5)
+
+    def function(stack, common, other):
+        turned, mean = [stack[i].t() for i in range(3)], common.mean()
+        results = []
+        for i in range(3):
+            with lane("some", f"p{i}"):
+                results.append((turned[i] * common).sum(1) / other[i] + mean)
+        return torch.stack(results), [t + 1 for t in turned]
+
+    module = graph_of(function, stack, common, other)
+    assert lanes_of(module) == 2
+    module.recompile()
+    torch.testing.assert_close(module(stack, common, other), function(stack, common, other))
+    targets = [n.target for n in module.graph.nodes if n.op == "call_function"]
+    assert targets.count(torch.ops.aten.div.Tensor) == 1
+    assert targets.count(torch.ops.aten.stack.default) == 0
+
+
+@pytest.mark.parametrize("through", ["directly", "by way of others"])
+def test_lanes_of_which_one_needs_another_stay(through):
+    """Together they would wait for themselves."""
+    x = torch.randn(2, 4)
+
+    def function(x):
+        with lane("some", "a"):
+            a = x[0].exp() * 2
+        between = a if through == "directly" else a.sin()
+        with lane("some", "b"):
+            b = between.exp() * 2
+        return a, b
+
+    module = graph_of(function, x)
+    assert lanes_of(module) == 0
+    torch.testing.assert_close(module(x), function(x))
+
+
+def test_lanes_of_other_layouts_or_numbers_stay():
+    """Of other sizes, strides or constants they are not alike."""
+    x, y, z = torch.randn(4, 4), torch.randn(4, 4).t(), torch.randn(3, 4)
+
+    def function(x, y, z):
+        results = []
+        for name, t, factor in (("a", x, 2.0), ("b", y, 2.0), ("c", z, 2.0), ("d", x + 1, 3.0)):
+            with lane("some", name):
+                results.append((t * factor).exp())
+        return results
+
+    module = graph_of(function, x, y, z)
+    assert lanes_of(module) == 0
+    torch.testing.assert_close(module(x, y, z), function(x, y, z))
