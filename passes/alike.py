@@ -7,7 +7,7 @@ of them is kept, and runs under ``vmap`` on the lanes' inputs stacked.
 
 What all lanes read (the numbers of the step, the solved omega's norms) is left as it is, and what depends on nothing
 else is no part of a lane. State that is stored stacked (:mod:`ddpn_fx.passes.stacked`) comes in and goes out as its
-stack, without a copy. The others' inputs are copied into one, so only small parameters have lanes.
+stack, without a copy. Other inputs are copied into one, so only lanes of small values are joined.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -68,7 +68,7 @@ class _Lane:
 
     Attributes:
         name: the parameter.
-        views: views that the lane reads, each after what it is a view of: made again on the stacks.
+        views: of entries of stacks, which the lane reads, each after what it is a view of; made again of the stacks.
         nodes: its own, in the order of the graph.
         inputs: what these read that is not among them, in the order of first use.
         outputs: positions of the nodes that are read by others.
@@ -95,6 +95,7 @@ def join_alike(graph: fx.Graph) -> int:
         common = _common(members)
         for names in _kinds(members, common):
             lanes = [_lane(name, members[name], common)[0] for name in names]  # anew: their inputs may be of a join
+            lanes.sort(key=_place)
             if _independent(lanes) and _join(graph, lanes):
                 dropped += len(lanes) - 1
     if dropped:
@@ -144,6 +145,11 @@ def _lane(name: str, nodes: Sequence[fx.Node], common: Iterable[fx.Node]) -> tup
     kind = [(n.target, freeze(fx.node.map_arg((n.args, n.kwargs), reference)), _layout(n)) for n in position]
     outputs = tuple(i for i, n in enumerate(kept) if not position.keys() >= n.users.keys())
     return _Lane(name, tuple(views), tuple(kept), tuple(inputs), outputs), (tuple(kind), outputs)
+
+
+def _place(one: _Lane) -> int:
+    """Of a lane in the stacks that it reads entries of."""
+    return next((cast(int, n.args[2]) for n in one.inputs if n.target is aten.select.int and n.args[1] == 0), 0)
 
 
 def _views(nodes: Sequence[fx.Node], shared: Collection[fx.Node]) -> list[fx.Node]:
