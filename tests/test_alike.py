@@ -77,6 +77,20 @@ def test_it_takes_fewer_operators():
     assert counts[2][0] == counts[2][1]  # state is stored stacked in both, and written as it is stored
 
 
+def test_stored_stacks_come_in_and_go_out_without_a_copy():
+    """No program stacks what it has taken out of a stack of the state, in whichever order its stages come."""
+    together, _, _ = trained(2, preconditioner="eigen-factored")
+    aten = torch.ops.aten
+    for lowered in together._lowered.values():
+        graph = lowered.module.graph
+        stored = {n for n in graph.find_nodes(op="placeholder") if n.name.startswith("state_") and "more" in n.name}
+        writes = {n.args[0]: n.args[1] for n in graph.find_nodes(op="call_function", target=aten.copy_.default)}
+        assert len(stored & writes.keys()) == 7  # those of the bases are read alone
+        assert not any(writes[n].target is aten.stack.default for n in stored & writes.keys())
+        for stack in graph.find_nodes(op="call_function", target=aten.stack.default):
+            assert not any(n.target is aten.select.int and n.args[0] in stored for n in stack.args[0])
+
+
 def test_inductor_takes_the_same_steps():
     """Compiled, on the stacks in place; without eigenvectors, whose signs and order are rounding's to choose."""
     options = {"preconditioner": "factored", "lr": 0.01, "beta1": 0.9}
