@@ -945,7 +945,7 @@ def test_the_coupling_is_the_metric_s_own_where_none_is_given():
     for plain in ("identity", "diagonal", "factored", "kronecker", "eigen-kronecker", Halved()):
         assert chosen(preconditioner=plain) == "batch"
     for turned in ("eigen-factored", EigenFactored(max_size=4)):
-        assert chosen(preconditioner=turned) == 256
+        assert chosen(preconditioner=turned) == 128
         assert chosen(preconditioner=turned, coupling="batch") == "batch"
         assert chosen(preconditioner=turned, coupling=64) == 64
         assert chosen(preconditioner=turned, rollout="nonlinear") == "batch"
