@@ -22,12 +22,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddpn_fx.passes.functional import mutates
 from ddpn_fx.passes.log import log
 from ddpn_fx.passes.numeric import worked_out
-from ddpn_fx.passes.provenance import KEYS, origin
+from ddpn_fx.passes.provenance import KEYS, labelling, origin
 from ddpn_fx.passes.rewrites.keys import freeze
 from ddpn_fx.passes.rewrites.order import in_order
 from ddpn_fx.passes.rewrites.writer import Writer
@@ -49,17 +49,8 @@ LANE = "lane"  # what a node of a lane has in its meta: (the part of the step, t
 @contextmanager
 def lane(part: str, name: str) -> Iterator[None]:
     """Label what is traced inside as one parameter's lane of a part of the step."""
-    mode = get_proxy_mode()
-    if mode is None:
+    with labelling(lambda found: found.update({LANE: (part, name)})):
         yield
-        return
-    nodes = mode.tracer.graph.nodes
-    last = next(iter(reversed(nodes)), None)
-    yield
-    for node in reversed(nodes):
-        if node is last:
-            break
-        node.meta[LANE] = part, name
 
 
 @dataclass(frozen=True)

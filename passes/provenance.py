@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ def label(node: fx.Node, stage: int | None, role: str) -> dict[str, Any]:
 
 
 @contextmanager
-def origin(meta: dict[str, Any]) -> Iterator[None]:
-    """Label what is traced inside with ``meta`` (keys of :data:`KEYS`); inner labels win."""
+def labelling(write: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Have ``write`` label the ``meta`` of each node that is traced inside."""
     mode = get_proxy_mode()
     if mode is None:
         yield
@@ -88,5 +88,12 @@ def origin(meta: dict[str, Any]) -> Iterator[None]:
     for node in reversed(graph.nodes):
         if node is last:
             break
-        if "role" not in node.meta:
-            node.meta.update({k: v for k, v in meta.items() if v is not None})
+        write(node.meta)
+
+
+@contextmanager
+def origin(meta: dict[str, Any]) -> Iterator[None]:
+    """Label what is traced inside with ``meta`` (keys of :data:`KEYS`); inner labels win."""
+    given = {k: v for k, v in meta.items() if v is not None}
+    with labelling(lambda found: None if "role" in found else found.update(given)):
+        yield

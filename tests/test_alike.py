@@ -230,6 +230,24 @@ def test_lanes_of_which_one_needs_another_stay(through):
     torch.testing.assert_close(module(x), function(x))
 
 
+def test_lanes_of_what_vmap_does_not_take_stay(caplog):
+    """A view of other memory than a value's own is not that of a stack's entry; the log says so."""
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+
+    def function(x, y):
+        results = []
+        for name, t in (("a", x), ("b", y)):
+            with lane("some", name):
+                results.append(t.exp().as_strided((2, 2), (1, 4)) + 1)
+        return results
+
+    module = graph_of(function, x, y)
+    with caplog.at_level("DEBUG", "ddpn_fx.passes"):
+        assert lanes_of(module) == 0
+    assert "a and 1 alike stay by themselves" in caplog.text
+    torch.testing.assert_close(module(x, y), function(x, y))
+
+
 def test_lanes_of_other_layouts_or_numbers_stay():
     """Of other sizes, strides or constants they are not alike."""
     x, y, z = torch.randn(4, 4), torch.randn(4, 4).t(), torch.randn(3, 4)
