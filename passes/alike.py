@@ -1,8 +1,9 @@
 """Alike: what a step does for each of several parameters of one kind becomes one computation on their stack.
 
 A deep network has dozens of weights of a few shapes, and a step does the same for each: moments, a metric, averages, a
-change. In the flat graph that is most of the nodes, each a kernel for the compiler to fuse, to build and to launch. A
-:func:`lane` is what belongs to one parameter. Lanes of the same operators on inputs of the same layouts are alike: one
+change; the sides of a sketch, a direction turned into its frame, a small Gram. In the flat graph that is most of the
+nodes, each a kernel for the compiler to fuse, to build and to launch. A :func:`lane` is what belongs to one parameter in
+one of these parts of the step. Lanes of a part that have the same operators on inputs of the same layouts are alike: one
 of them is kept, and runs under ``vmap`` on the lanes' inputs stacked.
 
 What all lanes read (the numbers of the step, the solved omega's norms) is left as it is, and what depends on nothing
@@ -34,7 +35,9 @@ from ddpn_fx.passes.rewrites.writer import Writer
 
 aten = torch.ops.aten
 
-MOST = 1 << 17  # elements of a parameter that is stacked with others
+GRAM, SIDE, TURN = "gram", "side", "turn"  # parts of the step: K of a parameter, a side of its sketch, its frame
+MOST = 1 << 17  # elements of a value that is stacked with others
+_MOST_OF = {GRAM: 1 << 15, SIDE: 1 << 15}  # of what is read once, and so is copied for a call less
 _VIEWS = (
     aten.view.default,
     aten.transpose.int,
@@ -84,7 +87,7 @@ def join_alike(graph: fx.Graph) -> int:
     for part in dict.fromkeys(part for part, _ in found):
         members = {name: nodes for (p, name), nodes in found.items() if p == part}
         common = _common(members)
-        for names in _kinds(members, common):
+        for names in _kinds(members, common, _MOST_OF.get(part, MOST)):
             lanes = [_lane(name, members[name], common)[0] for name in names]  # anew: their inputs may be of a join
             lanes.sort(key=_place)
             if _independent(lanes) and _join(graph, lanes):
@@ -99,12 +102,12 @@ def join_alike(graph: fx.Graph) -> int:
     return dropped
 
 
-def _kinds(members: Mapping[str, Sequence[fx.Node]], common: Collection[fx.Node]) -> list[list[str]]:
-    """Names of the lanes that are alike, two or more, and small."""
+def _kinds(members: Mapping[str, Sequence[fx.Node]], common: Collection[fx.Node], most: int) -> list[list[str]]:
+    """Names of the lanes that are alike, two or more, and of values of at most so many elements."""
     found: dict[Any, list[str]] = {}
     for name, nodes in members.items():
         one, kind = _lane(name, nodes, common)
-        if one.nodes and _small(one, common):
+        if one.nodes and _small(one, common, most):
             found.setdefault(kind, []).append(name)
     return [names for names in found.values() if len(names) > 1]
 
@@ -166,25 +169,26 @@ def _layout(node: fx.Node) -> Any:
 def _independent(lanes: Sequence[_Lane]) -> bool:
     """Whether no lane needs what another makes, or what is made of its own."""
     needed = {n for one in lanes for n in (*one.nodes, *one.inputs)}
+    seen: set[fx.Node] = set()
     for one in lanes:
         own = set(one.nodes)
-        pending = [user for node in own for user in node.users if user not in own]
-        seen = set(pending)
-        while pending:
-            node = pending.pop()
-            if node in needed:
-                return False
-            new = [user for user in node.users if user not in seen]
-            seen.update(new)
-            pending += new
+        seen.update(user for node in own for user in node.users if user not in own)
+    pending = list(seen)
+    while pending:
+        node = pending.pop()
+        if node in needed:
+            return False
+        new = [user for user in node.users if user not in seen]
+        seen.update(new)
+        pending += new
     return True
 
 
-def _small(one: _Lane, common: Iterable[fx.Node]) -> bool:
+def _small(one: _Lane, common: Iterable[fx.Node], most: int) -> bool:
     """Whether what is a lane's own is small enough to be stacked with that of others."""
     own = {*one.inputs, *one.nodes} - set(common)
     tensors = [v for n in own for v in pytree.tree_leaves(n.meta["val"]) if isinstance(v, Tensor)]
-    return all(v.numel() <= MOST for v in tensors)
+    return all(v.numel() <= most for v in tensors)
 
 
 def _join(graph: fx.Graph, lanes: Sequence[_Lane]) -> bool:
@@ -193,7 +197,8 @@ def _join(graph: fx.Graph, lanes: Sequence[_Lane]) -> bool:
     columns = list(zip(*(one.inputs for one in lanes), strict=True))
     axes = tuple(0 if len({*column}) > 1 else None for column in columns)
     label = f"{first.name} and {len(lanes) - 1} alike"
-    write = Writer(graph, max((one.nodes[0] for one in lanes), key=list(graph.nodes).index))
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    write = Writer(graph, max((one.nodes[0] for one in lanes), key=position.__getitem__))
     inputs = [_stacked(write, column) if axis == 0 else column[0] for column, axis in zip(columns, axes, strict=True)]
 
     def run(*values: Any) -> list[Any]:
@@ -215,9 +220,9 @@ def _join(graph: fx.Graph, lanes: Sequence[_Lane]) -> bool:
         made = graph.graph_copy(traced.graph, dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True)))
     assert isinstance(made, (list, tuple))
     for output, stack in zip(first.outputs, made, strict=True):
-        for i, one in enumerate(lanes):
+        for i, (one, entry) in enumerate(zip(lanes, stack.meta["val"].unbind(), strict=True)):
             old = one.nodes[output]
-            old.replace_all_uses_with(Writer(graph, write.before, old)(aten.select.int, stack, 0, i))
+            old.replace_all_uses_with(Writer(graph, write.before, old).known(entry, aten.select.int, stack, 0, i))
     for one in lanes:
         for node in reversed(one.nodes):
             graph.erase_node(node)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ddpn_fx.passes.eigen import eigh
+from ddpn_fx.passes.numeric import summed
 from ddpn_fx.passes.rules import Blocks
 
 
@@ -109,7 +110,7 @@ def folded(grams: Sequence[Tensor], decay: Sequence[Tensor | None], terminal: Te
     Returns:
         omega, and y_T, what it does at the last state: ``-(sum K omega + sum v)``; each (G, n).
     """
-    total = _sum(grams)
+    total = summed(grams)
     shift = sum_vectors(decay, terminal)
     root = terminal.curved.sqrt()
     rhs = terminal.beta - shift - matvec(total, terminal.free)
@@ -234,14 +235,7 @@ def projection(z: Tensor, blocks: Blocks) -> Tensor:
     return spread.reshape(blocks.count, blocks.size, blocks.size)
 
 
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
-
-
 def sum_vectors(terms: Sequence[Tensor | None], terminal: Terminal) -> Tensor:
     """sum v of those stages that have one, (G, n)."""
     present = [t for t in terms if t is not None]
-    return _sum(present) if present else torch.zeros_like(terminal.beta)
+    return summed(present) if present else torch.zeros_like(terminal.beta)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpn_fx.passes.alike import TURN, lane
 from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.metric import Site
 from ddpn_fx.passes.rules import Blocks
@@ -102,6 +103,7 @@ class FramedGamma(Gamma):
     def __init__(self, gamma: Gamma, frame: Frame, site: Site, blocks: Blocks | None) -> None:
         super().__init__(gamma.name, gamma.parameters)
         self._gamma, self._frame, self._site, self._blocks = gamma, frame, site, blocks
+        self._turned = 0
 
     @property
     def plain(self) -> Gamma:
@@ -130,7 +132,10 @@ class FramedGamma(Gamma):
     def contract(self, omega: Tensor) -> Tensor:
         """Gamma omega, from what K takes: (O, I); omega: (B, R)."""
         if self._blocks is None or self._site.one_hot:
-            return self._frame.into(self._gamma.contract(omega))
+            direction = self._gamma.contract(omega)
+            self._turned += 1  # a step may turn two, one of which rests on the other
+            with lane(f"{TURN} {self._turned}", self.name):
+                return self._frame.into(direction)
         omega = omega.to(self._frame.dtype)
         if self._factors is None:
             columns = self._columns

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ddpn_fx.passes.alike import GRAM, lane
 from ddpn_fx.passes.catalogue import enabled
 from ddpn_fx.passes.ir import Chain, ParamUse, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, rules
-from ddpn_fx.passes.numeric import accumulate_dtype, working_dtype
+from ddpn_fx.passes.numeric import accumulate_dtype, summed, working_dtype
 from ddpn_fx.passes.rules import Blocks, Rule
 from ddpn_fx.passes.rules.base import along, gram_matrix, product_gram
 from ddpn_fx.passes.rules.embedding import lookup_gram
@@ -67,8 +68,10 @@ class Gamma:
             if found is not None:
                 return found
             whitened = getattr(metric, "whitened", None)
-            columns = whitened() if whitened else metric.whiten(self.columns())
-            return gram_matrix(blocks.matrix(_as_it_lies(columns)))
+            columns = whitened() if whitened else self.columns()
+            with lane(GRAM, self.name):
+                columns = columns if whitened else metric.whiten(columns)
+                return gram_matrix(blocks.matrix(_as_it_lies(columns)))
         if len(self.entries) == 1 and self.entries[0].use.isometry[self.entries[0].position]:
             return self.entries[0].rule.gram(self.entries[0].argument, blocks)
         return gram_matrix(blocks.matrix(self.columns()))
@@ -135,16 +138,16 @@ class Gamma:
 
     def columns(self) -> Tensor:
         """Gamma itself: (B, R, *M), summed over the uses."""
-        return _total(self._entry_columns(e) for e in self.entries)
+        return summed(self._entry_columns(e) for e in self.entries)
 
     def contract(self, omega: Tensor) -> Tensor:
         """Gamma omega, of the parameter's shape; omega: (B, R)."""
-        return _total(self._entry_contract(e, omega) for e in self.entries)
+        return summed(self._entry_contract(e, omega) for e in self.entries)
 
     def inner(self, direction: Tensor, *, first_stage: int = 0) -> Tensor | None:
         """Gamma^T D over the uses in stages from ``first_stage`` on: (B, R); None where there is none."""
         entries = [e for e in self.entries if e.stage >= first_stage]
-        return _total(self._entry_inner(e, direction) for e in entries) if entries else None
+        return summed(self._entry_inner(e, direction) for e in entries) if entries else None
 
     def _entry_columns(self, entry: Entry) -> Tensor:
         part = entry.rule.dense(entry.argument)
@@ -199,11 +202,3 @@ def _as_it_lies(columns: Tensor) -> Tensor:
     """(B, R, *M) with the dimensions M as they lie in memory: to a Gram their order is nothing, and no copy is made."""
     order = sorted(range(2, columns.dim()), key=columns.stride, reverse=True)
     return columns if order == sorted(order) else columns.permute(0, 1, *order)
-
-
-def _total(terms: Iterable[Tensor]) -> Tensor:
-    items = iter(terms)
-    total = next(items)
-    for term in items:
-        total = total + term
-    return total

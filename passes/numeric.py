@@ -24,6 +24,12 @@ def real(t: Tensor) -> Tensor:
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
+def summed(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of one term or more, one after another."""
+    first, *others = terms
+    return sum(others, start=first)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of Grams, weights, policies and numbers of a step: float32, or float64 for a float64 model."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -49,9 +49,9 @@ class Signs:
             dtype: theirs.
         """
         bit = 2 * (zlib.crc32(name.encode()) % 16) + side
-        bits = (self._words_of(n * count)[: n * count].reshape(n, count) >> bit) & 1
-        root = count**-0.5
-        return root - 2 * root * bits.to(dtype)
+        words = self._words_of(n * count)[: n * count].reshape(n, count)
+        root = torch.full((), count**-0.5, dtype=dtype, device=self.device)
+        return torch.where((words & (1 << bit)) != 0, -root, root)
 
     def _words_of(self, entries: int) -> Tensor:
         """32 random bits for each of so many entries or more: worked out once for all sides of about as many."""

@@ -42,6 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpn_fx.passes.alike import GRAM, SIDE, lane
 from ddpn_fx.passes.frame import Frame
 from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.rules import Blocks
@@ -137,10 +138,14 @@ class Sketch:
         thinned = gamma.thinned(right) if gamma.positions_of() else None
         if thinned is not None:
             x, h = (t.to(self.dtype) for t in thinned)
-            return product_gram(x, _times(h, left), blocks)
+            h = _times(h, left)
+            with lane(GRAM, gamma.name):
+                return product_gram(x, h, blocks)
         found = gamma.columns().to(self.dtype)
         found = found.reshape(*found.shape[:2], *shape[:2], -1).mT.flatten(-2)
-        return gram_matrix(blocks.matrix(_times(_times(found, right).mT, left)))
+        found = _times(_times(found, right).mT, left)
+        with lane(GRAM, gamma.name):
+            return gram_matrix(blocks.matrix(found))
 
     def _gram_of_sums(
         self,
@@ -189,10 +194,11 @@ class Sketch:
             signs = torch.eye(n, dtype=self.dtype, device=self.signs.device)
         else:
             signs = self.signs.of(name, side, n, self.size, self.dtype)
-        signs = signs if scale is None else scale.rsqrt()[:, None].to(self.dtype) * signs
-        if basis is None:
-            return signs
-        return (basis @ signs.reshape(*basis.shape[:2], -1)).flatten(0, 1)
+        with lane(SIDE, f"{name}, side {side}"):  # the signs, which differ by a constant, are not alike
+            signs = signs if scale is None else scale.rsqrt()[:, None].to(self.dtype) * signs
+            if basis is None:
+                return signs
+            return (basis @ signs.reshape(*basis.shape[:2], -1)).flatten(0, 1)
 
 
 def _times(t: Tensor, side: Tensor | None) -> Tensor:

@@ -10,23 +10,24 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ddpn_fx
+from ddpn_fx.passes import alike
 from ddpn_fx.passes.alike import MOST, join_alike, lane
 
 WIDTH = 12
 X, Y = torch.randn(10, 6, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 4
 
 
-def net(**options):
+def net(dtype=torch.float32, **options):
     torch.manual_seed(0)
     blocks = [m for _ in range(3) for m in (nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.ReLU())]
-    model = nn.Sequential(nn.Linear(6, WIDTH), *blocks, nn.Linear(WIDTH, 4))
+    model = nn.Sequential(nn.Linear(6, WIDTH), *blocks, nn.Linear(WIDTH, 4)).to(dtype)
     return ddpn_fx.compile(model, loss=F.cross_entropy, **{"backend": "eager", **options})
 
 
-def trained(steps, passes=None, backend="eager", **options):
-    compiled = net(passes=passes, backend=backend)
+def trained(steps, passes=None, backend="eager", dtype=torch.float32, **options):
+    compiled = net(dtype, passes=passes, backend=backend)
     opt = ddpn_fx.DDPNOpt(compiled, **options)
-    losses = [opt.train_step(X, Y).item() for _ in range(steps)]
+    losses = [opt.train_step(X.to(dtype), Y).item() for _ in range(steps)]
     return compiled, opt, losses
 
 
@@ -60,11 +61,11 @@ CASES = {
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_the_steps_are_the_same(options):
     """Losses, weights and all that is kept, with what is alike together and each by itself."""
-    together, opt, losses = trained(6, **options)
-    apart, other, expected = trained(6, passes={"alike": False}, **options)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close([*together.parameters()], [*apart.parameters()], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(kept(opt), kept(other), rtol=1e-3, atol=1e-5)
+    together, opt, losses = trained(6, dtype=torch.float64, **options)
+    apart, other, expected = trained(6, dtype=torch.float64, passes={"alike": False}, **options)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close([*together.parameters()], [*apart.parameters()], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(kept(opt), kept(other), rtol=1e-6, atol=1e-9)
 
 
 def test_it_takes_fewer_operators():
@@ -75,6 +76,53 @@ def test_it_takes_fewer_operators():
     assert len(counts) == 6
     assert all(3 * a < 2 * b for a, b in (counts[i] for i in (0, 1, 3, 4)))
     assert counts[2][0] == counts[2][1]  # state is stored stacked in both, and written as it is stored
+
+
+class Mixer(nn.Module):
+    """Weights with several positions a sample, whose K is sketched."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(2 * WIDTH, 2 * WIDTH) for _ in range(4))
+        self.head = nn.Linear(2 * WIDTH, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(x).mT
+
+
+def products(role, dtype=torch.float64, **passes):
+    """The losses of some steps, and how many products of a role each program has, by 4 alike weights and a head."""
+    torch.manual_seed(0)
+    compiled = ddpn_fx.compile(Mixer().to(dtype), loss=F.cross_entropy, backend="eager", passes=passes)
+    opt = ddpn_fx.DDPNOpt(compiled, preconditioner="eigen-factored", sketch=2)
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(6, 5, 2 * WIDTH, generator=generator, dtype=dtype), torch.arange(30).view(6, 5) % 3
+    losses = [opt.train_step(x, y).item() for _ in range(4)]
+    graphs = [lowered.module.graph for lowered in compiled._lowered.values()]
+    kinds = torch.ops.aten.mm.default, torch.ops.aten.bmm.default
+    return losses, [sum(n.target in kinds and n.meta.get("role") == role for n in graph.nodes) for graph in graphs]
+
+
+def test_sides_grams_and_frames_of_alike_weights_are_worked_out_together(monkeypatch):
+    """Of four weights of a shape a step thins inputs and cotangents one by one, and does what is small at once."""
+    losses, grams = products("gram")
+    expected, apart = products("gram", alike=False)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-11)
+    # Of their eight sides there is one product for eight, of K two for eight, of the biases one for four.
+    assert [b - a for a, b in zip(grams, apart, strict=True)] == [7 + 6 + 3] * 2
+    _, turned = products("update")
+    for part in ("turn 1", "turn 2"):
+        monkeypatch.setitem(alike._MOST_OF, part, 8)
+    assert [b - a for a, b in zip(turned, products("update")[1], strict=True)] == [2 * 3] * 2
+
+
+def test_what_is_large_is_not_copied_for_a_call_less(monkeypatch):
+    """Where inputs of a Gram have more elements than there may be they stay where they are."""
+    monkeypatch.setitem(alike._MOST_OF, alike.GRAM, 8)
+    monkeypatch.setitem(alike._MOST_OF, alike.SIDE, 8)
+    assert products("gram")[1] == products("gram", alike=False)[1]
 
 
 def test_stored_stacks_come_in_and_go_out_without_a_copy():

@@ -24,10 +24,15 @@ class Writer:
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Write one operator; its ``val`` is computed from those of its arguments."""
-        with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args, kwargs)
         given, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         # As torch's own tracing does: a composite operator in C++ may ask for sizes as numbers, and fix the batch's.
         with enable_python_dispatcher():
-            node.meta = {**self.meta, "val": target(*given, **named)}
+            value = target(*given, **named)
+        return self.known(value, target, *args, **kwargs)
+
+    def known(self, value: Any, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Write one operator whose ``val`` is known."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {**self.meta, "val": value}
         return node
