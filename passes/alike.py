@@ -2,9 +2,9 @@
 
 A deep network has dozens of weights of a few shapes, and a step does the same for each: moments, a metric, averages, a
 change; the sides of a sketch, a direction turned into its frame, a small Gram. In the flat graph that is most of the
-nodes, each a kernel for the compiler to fuse, to build and to launch. A :func:`lane` is what belongs to one parameter in
-one of these parts of the step. Lanes of a part that have the same operators on inputs of the same layouts are alike: one
-of them is kept, and runs under ``vmap`` on the lanes' inputs stacked.
+nodes, each a kernel for the compiler to fuse, to build and to launch. A :func:`lane` is what belongs to one parameter
+in one of these parts of the step. Lanes of a part with the same operators on inputs of the same layouts are alike:
+one of them is kept, and runs under ``vmap`` on the lanes' inputs stacked.
 
 What all lanes read (the numbers of the step, the solved omega's norms) is left as it is, and what depends on nothing
 else is no part of a lane. State that is stored stacked (:mod:`ddpn_fx.passes.stacked`) comes in and goes out as its
