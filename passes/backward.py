@@ -326,18 +326,16 @@ class _Recursion:
     def _gram(self, stage: Stage) -> Tensor:
         """eta K_t of one stage."""
         linear, hyper, blocks = self.linear, self.hyper, self.linear.blocks
-        groups: dict[int, list[Tensor]] = {}
+        terms: list[Tensor] = []
         found = {gamma.name: gamma for gamma in linear.gammas.of(self.controls[stage.index])}
         beside = biases(self.chain, stage, found, linear.metrics, self.group, blocks) if self._sketch else {}
         linear.beside += beside.values()
         for gamma in (found[name] for name in found if name not in linear.beside):
             with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
                 term = self._gram_of(gamma, found.get(beside.get(gamma.name, ""))).to(linear.gammas.dtype)
-                groups.setdefault(self.group[gamma.name], []).append(term)
+                terms.append(hyper.lr[self.group[gamma.name]] * term)
         with origin({"role": "gram", "stage": stage.index}):
-            if not groups:
-                return linear.weight.new_zeros(blocks.count, blocks.size, blocks.size)
-            return summed(hyper.lr[group] * summed(terms) for group, terms in groups.items())
+            return summed(terms) if terms else linear.weight.new_zeros(blocks.count, blocks.size, blocks.size)
 
     def _gram_of(self, gamma: Gamma, bias: Gamma | None) -> Tensor:
         """K_t of one parameter, with that of a bias beside it."""
