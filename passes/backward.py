@@ -31,7 +31,7 @@ from ddpn_fx.passes.linearize import pullback
 from ddpn_fx.passes.metric import Metric, sites
 from ddpn_fx.passes.mode import DIRECTION, SHARE, Hyper, Mode, slots_of, sum_key
 from ddpn_fx.passes.moments import kept, lags, renewed
-from ddpn_fx.passes.numeric import accumulate_dtype, real, summed
+from ddpn_fx.passes.numeric import accumulate_dtype, real
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.simulate import Trajectory
@@ -326,16 +326,16 @@ class _Recursion:
     def _gram(self, stage: Stage) -> Tensor:
         """eta K_t of one stage."""
         linear, hyper, blocks = self.linear, self.hyper, self.linear.blocks
-        terms: list[Tensor] = []
+        gram: Tensor | None = None
         found = {gamma.name: gamma for gamma in linear.gammas.of(self.controls[stage.index])}
         beside = biases(self.chain, stage, found, linear.metrics, self.group, blocks) if self._sketch else {}
         linear.beside += beside.values()
         for gamma in (found[name] for name in found if name not in linear.beside):
             with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
                 term = self._gram_of(gamma, found.get(beside.get(gamma.name, ""))).to(linear.gammas.dtype)
-                terms.append(hyper.lr[self.group[gamma.name]] * term)
-        with origin({"role": "gram", "stage": stage.index}):
-            return summed(terms) if terms else linear.weight.new_zeros(blocks.count, blocks.size, blocks.size)
+                term = hyper.lr[self.group[gamma.name]] * term
+                gram = term if gram is None else gram + term
+        return linear.weight.new_zeros(blocks.count, blocks.size, blocks.size) if gram is None else gram
 
     def _gram_of(self, gamma: Gamma, bias: Gamma | None) -> Tensor:
         """K_t of one parameter, with that of a bias beside it."""

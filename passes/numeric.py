@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -25,9 +27,8 @@ def real(t: Tensor) -> Tensor:
 
 
 def summed(terms: Iterable[Tensor]) -> Tensor:
-    """The sum of one term or more, one after another."""
-    first, *others = terms
-    return sum(others, start=first)
+    """The sum of one term or more, each added as it comes: no two need be there at once."""
+    return reduce(add, terms)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
