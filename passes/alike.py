@@ -35,7 +35,7 @@ from ddpn_fx.passes.rewrites.writer import Writer
 
 aten = torch.ops.aten
 
-GRAM, SIDE, TURN = "gram", "side", "turn"  # parts of the step: K of a parameter, a side of its sketch, its frame
+GRAM, SIDE, TURN = "gram", "side", "turn"  # parts of a step: K, a side of its sketch, a direction into its frame
 MOST = 1 << 17  # elements of a value that is stacked with others
 _MOST_OF = {GRAM: 1 << 15, SIDE: 1 << 15}  # of what is read once, and so is copied for a call less
 _VIEWS = (

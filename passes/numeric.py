@@ -27,7 +27,7 @@ def real(t: Tensor) -> Tensor:
 
 
 def summed(terms: Iterable[Tensor]) -> Tensor:
-    """The sum of one term or more, each added as it comes: no two need be there at once."""
+    """The sum of one term or more, all of one shape or broadcast, each added as it comes."""
     return reduce(add, terms)
 
 

@@ -92,13 +92,13 @@ class Mixer(nn.Module):
         return self.head(x).mT
 
 
-def products(role, dtype=torch.float64, **passes):
+def products(role, **passes):
     """The losses of some steps, and how many products of a role each program has, by 4 alike weights and a head."""
     torch.manual_seed(0)
-    compiled = ddpn_fx.compile(Mixer().to(dtype), loss=F.cross_entropy, backend="eager", passes=passes)
+    compiled = ddpn_fx.compile(Mixer().double(), loss=F.cross_entropy, backend="eager", passes=passes)
     opt = ddpn_fx.DDPNOpt(compiled, preconditioner="eigen-factored", sketch=2)
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(6, 5, 2 * WIDTH, generator=generator, dtype=dtype), torch.arange(30).view(6, 5) % 3
+    x, y = torch.randn(6, 5, 2 * WIDTH, generator=generator, dtype=torch.float64), torch.arange(30).view(6, 5) % 3
     losses = [opt.train_step(x, y).item() for _ in range(4)]
     graphs = [lowered.module.graph for lowered in compiled._lowered.values()]
     kinds = torch.ops.aten.mm.default, torch.ops.aten.bmm.default
