@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -141,7 +141,21 @@ def same_structure(known: tuple[Any, ...], batch: Any) -> bool:
     return True
 
 
+_NOTHING = nullcontext()  # to make one takes as long as to ask whether there is anything to do
+
+
 def full_precision(params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
     """Outside the caller's autocast, whose casts are part of the captured graph already."""
     kind = next(iter(params.values())).device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
+@contextmanager
+def _normal_tensors() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def untracked() -> AbstractContextManager[Any]:
+    """Outside autograd, and outside the caller's inference mode, whose tensors autograd could never save."""
+    return _normal_tensors() if torch.is_inference_mode_enabled() else torch.no_grad()

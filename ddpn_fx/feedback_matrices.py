@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ddpn_fx.batch import full_precision, split_batch
+from ddpn_fx.batch import full_precision, split_batch, untracked
 from ddpn_fx.optimizer import DDPNOpt
 from ddpn_fx.passes import loss as losses
 from ddpn_fx.passes.backward import Linearization, exact
@@ -109,7 +109,7 @@ def policies(
     if not opt.feedback:
         raise ValueError(f"{_CALL}: with feedback=False there is no feedback matrix; make the optimizer with feedback")
     inputs, target = _batch(opt, inputs, target)
-    with torch.inference_mode(False), torch.no_grad():
+    with untracked():
         run = _Run(opt, inputs, target)
         _check_stage(run, stage)
         chosen = _chosen(samples, run.program.batch)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ddpn_fx import preconditioners
 from ddpn_fx import terminal as terminals
 from ddpn_fx.faults import Faults
+from ddpn_fx.hooks import hooked
 from ddpn_fx.kept import Kept
 from ddpn_fx.last import Last
 from ddpn_fx.module import CompiledModule
@@ -251,7 +252,7 @@ class DDPNOpt(Optimizer):
 
     # -- the step ----------------------------------------------------------------------------------
 
-    @Optimizer.profile_hook_step  # step hooks run around it
+    @hooked
     def train_step(self, inputs: Any, target: Any = None) -> Tensor:
         """Simulate, solve backward, and roll the feedback policy out: one step on one batch.
 

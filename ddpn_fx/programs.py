@@ -28,6 +28,8 @@ from ddpn_fx.structure import mode_of, of_chain, refuse_mixing, structure_of
 if TYPE_CHECKING:
     from ddpn_fx.optimizer import DDPNOpt
 
+_UNCHANGING = {float, int, type(None)}
+
 
 def program_for(
     opt: DDPNOpt,
@@ -150,7 +152,12 @@ def state_of(opt: DDPNOpt, program: Program, params: Mapping[str, Tensor]) -> di
 def hyper_vector(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Tensor:
     """The numbers of the step on the device, sent anew only when one has changed."""
     like = next(iter(params.values()))
-    key = (_numbers(opt), like.device, like.dtype)
+    now: list[Any] = [opt.gain, opt.trust, opt.beta1, opt.tikhonov]
+    for group in opt.param_groups:
+        now += group["lr"], group["weight_decay"], group["momentum"]
+    if not _UNCHANGING.issuperset(map(type, now)):  # a tensor may hold another number than in the step before
+        now = _numbers(opt)
+    key = now, like.device, like.dtype
     if opt._vector is None or opt._vector[0] != key:
         opt._vector = (key, new_vector(opt, like))
     return opt._vector[1]

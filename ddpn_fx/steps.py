@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ddpn_fx.batch import full_precision
+from ddpn_fx.batch import full_precision, untracked
 from ddpn_fx.faults import raise_fault
 from ddpn_fx.last import Last, stage_figures
 from ddpn_fx.passes.mode import FAULT_TARGET, STATISTICS
@@ -23,6 +23,8 @@ from ddpn_fx.structure import structure_of
 
 if TYPE_CHECKING:
     from ddpn_fx.optimizer import DDPNOpt
+
+_LOSS = STATISTICS.index("loss")
 
 
 def ready_for(opt: DDPNOpt, given: Given) -> Ready | None:
@@ -42,7 +44,7 @@ def take(
 
     It changes nothing where its target is wrong or its gradient is not finite: ``trouble``, 0-d tensors.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with untracked():
         ready, values = _run(opt, inputs, target, trouble, run)
         if trouble is not None:
             wrong, lost = trouble
@@ -62,7 +64,7 @@ def take_part(
 ) -> None:
     """One part of a step's batch, which has this share of what this process has of it."""
     assert opt._parts is not None
-    with torch.inference_mode(False), torch.no_grad():
+    with untracked():
         ready, _ = _run(opt, inputs, target, trouble, run, share)
         if trouble is not None:
             wrong, lost = trouble
@@ -74,7 +76,7 @@ def finish(opt: DDPNOpt, *, checked: bool = False) -> Tensor:
     """The update of a step whose parts are in; returns their loss."""
     parts = opt._parts
     assert parts is not None
-    with torch.inference_mode(False), torch.no_grad():
+    with untracked():
         lowered = parts.finish()
         if lowered is None:
             skip(opt, next(iter(opt.net.parameters())))
@@ -126,11 +128,12 @@ def _taken(opt: DDPNOpt, values: Tensor, program: Program, *, checked: bool) -> 
     Raises:
         LossError: its statistics, or those of a step before, say that the loss did not fit.
     """
-    opt._values = values[: len(STATISTICS)]
-    opt.stage_stats = stage_figures(values) if opt._figures_wanted else {}
+    wanted = opt._figures_wanted
+    opt._values = values[: len(STATISTICS)] if wanted else values
+    opt.stage_stats = stage_figures(values) if wanted else {}
     opt._figures_wanted = False
     opt._opt_called = True  # torch's schedulers look for a step before theirs
     if checked or getattr(opt._factor, "floor", None) is not None or program.chain.loss_node is None:
         for arrived in opt._faults.arrived(opt._values):
             raise_fault(opt, dict(zip(STATISTICS, arrived.tolist(), strict=True)))
-    return opt._values[STATISTICS.index("loss")]
+    return values[_LOSS]

@@ -21,7 +21,7 @@ def structure_of(opt: DDPNOpt) -> Any:
     """The parts of the mode that can change between steps."""
     folds = opt._fold_allowed and opt.trust is None and float(opt.gain) == 1.0
     groups = tuple(
-        (bool(float(g["weight_decay"])), bool(float(g["momentum"])), tuple(id(p) for p in g["params"]))
+        (bool(float(g["weight_decay"])), bool(float(g["momentum"])), tuple(map(id, g["params"])))
         for g in opt.param_groups
     )
     numbers = opt.trust is None, bool(float(opt.tikhonov)), bool(float(opt.beta1))

@@ -20,7 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ddpn_fx.batch import full_precision
+from ddpn_fx.batch import full_precision, untracked
 from ddpn_fx.calls import Call, Calls, none_came
 from ddpn_fx.faults import raise_fault
 from ddpn_fx.parts import Parts
@@ -110,7 +110,7 @@ class UsualLoop:
         if ready is None:
             return None
         call.rest_on(ready.params.values())
-        with torch.inference_mode(False), torch.no_grad(), full_precision(ready.params):
+        with untracked(), full_precision(ready.params):
             outputs, handed = ready.first(given)
         call.begun = Begun(ready, handed, [t._version for t in handed])
         return _returned(outputs)
@@ -144,7 +144,7 @@ class UsualLoop:
     def _use(self, opt: DDPNOpt, call: Call) -> None:
         """Take the step of a call, or the part."""
         parts = opt._parts
-        with call.surroundings(), torch.inference_mode(False), torch.no_grad():
+        with call.surroundings(), untracked():
             scale, found_inf = _scaling(opt) if parts is None else (None, None)
             arrived = call.arrived(scale, opt.net._options["loss"] is None)
             lost = ~arrived.gradient.isfinite().all()

@@ -172,17 +172,17 @@ def replays(options: Mapping[str, Any]) -> bool:
 
 def settings() -> tuple[Any, ...]:
     """Settings of torch that a compiled program may have in it, and those by which it is chosen."""
-    backends: Any = torch.backends
+    precision = torch._C._get_fp32_precision_getter  # of torch.backends, at a tenth of its properties' price
     return (
         torch._dynamo.eval_frame._stance.stance,
         torch._dynamo.config.disable,
         torch.get_num_threads(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
-        backends.cuda.matmul.fp32_precision,
-        backends.cudnn.conv.fp32_precision,
-        backends.mkldnn.matmul.fp32_precision,
-        backends.mkldnn.conv.fp32_precision,
+        precision("cuda", "matmul"),
+        precision("cuda", "conv"),
+        precision("mkldnn", "matmul"),
+        precision("mkldnn", "conv"),
     )
 
 

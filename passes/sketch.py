@@ -18,7 +18,7 @@ basis for each of their elements; here basis, metric and signs are one thin matr
 multiply with that takes s.
 
 A sketch of one weight has s^2 numbers a column, so its part of K is of rank s^2 at most. Where a block has more columns
-than that, s is doubled until it has not.
+than that, s is doubled until it has not; and so are sums (below), of which there are many more.
 
 A weight with one position a sample needs no columns: its K is a product of two Grams, which grow with its sides. Where
 a side has 14 s elements or more, S sums them in groups of neighbours, with signs +-1: ``E[S S^T] = I`` again, and as
@@ -58,21 +58,25 @@ class Sketch:
 
     Attributes:
         size: s, at least 1.
+        sums: of a side of a weight with one position, at least so many.
         signs: of the step, by the number of steps before it.
         dtype: of K.
     """
 
     size: int
+    sums: int
     signs: Signs
     dtype: torch.dtype
 
     @classmethod
     def of(cls, least: int, blocks: Blocks, step: Tensor, dtype: torch.dtype) -> Sketch:
-        """With ``least``, or as many more combinations as a block of so many columns asks for."""
-        size = least
+        """With ``least``, or as many more combinations and sums as a block of so many columns asks for."""
+        size, sums = least, _SUMS * least
         while size * size < blocks.size:
             size *= 2
-        return cls(size, Signs(step), dtype)
+        while sums * sums < blocks.size:
+            sums *= 2
+        return cls(size, sums, Signs(step), dtype)
 
     def serves(self, gamma: Gamma, parameter: Tensor, blocks: Blocks, frame: Frame | None) -> bool:
         """Whether K of a parameter comes from a sketch: where it would need columns, and that is less work.
@@ -183,7 +187,7 @@ class Sketch:
 
     def _neighbours(self, n: int, part: int) -> int:
         """m: how many of n elements, in parts of so many (0: one part), are summed."""
-        return neighbours(n, _SUMS * self.size, part)
+        return neighbours(n, self.sums, part)
 
     def _side(self, name: str, side: int, n: int, scale: Tensor | None, basis: Tensor | None) -> Tensor | None:
         """``U diag(scale)^-1/2 S``, (n, s); None where it is the identity. A side of at most s elements stays whole."""

@@ -580,14 +580,14 @@ def sketch(
     """F (N, q): of each column as (O, I), S_0^T left^T G right S_1, I in the order S, C (kernel before channels).
 
     left (O, O) and right (I, I) are roots of the metric's two sides, left left^T (x) right right^T = M^-1. With parts,
-    those of the bases of rows and columns, S are `sums`, at least 2 s of them, else `signs`.
+    those of the bases of rows and columns, S are `sums`, at least s of them, else `signs`.
     """
     O, C = u.shape[:2]
     G = G.reshape(len(G), O, C, -1).transpose(2, 3).reshape(len(G), O, -1)
     if parts is None:
         first, second = signs(name, 0, O, s, steps_done), signs(name, 1, G.shape[2], s, steps_done)
     else:
-        first, second = (sums(name, k, n, 2 * s, steps_done, parts[k]) for k, n in enumerate((O, G.shape[2])))
+        first, second = (sums(name, k, n, s, steps_done, parts[k]) for k, n in enumerate((O, G.shape[2])))
     a, b = left @ first, right @ second
     return torch.einsum("noi,oj,ik->njk", G, a, b).flatten(1)
 

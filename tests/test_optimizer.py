@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler as schedules
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import ddpn_fx
 from tests import oracle
@@ -176,6 +177,41 @@ def test_step_hooks_run_around_a_step():
     opt.train_step(*batch())
     assert [s for s, _ in seen] == ["before", "after"]
     assert seen[0][1] != seen[1][1]
+
+
+def test_step_hooks_of_all_optimizers_run_around_a_step_as_long_as_there_are_any():
+    opt, seen = ddpn_fx.DDPNOpt(compiled()), []
+    opt.train_step(*batch())
+    handles = [
+        register_optimizer_step_pre_hook(lambda o, args, kwargs: seen.append(("before", o))),
+        register_optimizer_step_post_hook(lambda o, args, kwargs: seen.append(("after", o))),
+    ]
+    try:
+        opt.train_step(*batch())
+    finally:
+        for handle in handles:
+            handle.remove()
+    opt.train_step(*batch())
+    assert seen == [("before", opt), ("after", opt)]
+
+
+def test_a_hook_before_a_step_may_change_its_batch():
+    x, y = batch()
+    losses = []
+    for given in (x, 2 * x):
+        opt = ddpn_fx.DDPNOpt(compiled())
+        if given is x:
+            opt.register_step_pre_hook(lambda o, args, kwargs: ((o, 2 * args[1], args[2]), kwargs))
+        losses.append(opt.train_step(given, y))
+    assert torch.equal(*losses)
+
+
+def test_a_profiler_sees_the_label_of_a_step():
+    opt = ddpn_fx.DDPNOpt(compiled())
+    opt.train_step(*batch())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        opt.train_step(*batch())
+    assert [e.count for e in seen.key_averages() if e.key == "Optimizer.step#DDPNOpt.step"] == [1]
 
 
 @pytest.mark.parametrize(("backend", "rank"), [(None, 1), ("eager", None)])

@@ -73,10 +73,10 @@ def identity_sides(u):
     return torch.eye(u.shape[0]).double(), torch.eye(u[0].numel()).double()
 
 
-def size_of(settings, columns, each):
-    """Combinations for a block: at least SIZE, doubled until their square is its columns, of ``each`` a sample."""
+def size_of(settings, columns, each, least):
+    """Combinations or sums for a block: so many, doubled until their square is its columns, ``each`` a sample."""
     group = {"batch": columns, "sample": each}.get(settings.coupling) or settings.coupling * each
-    size = SIZE
+    size = least
     while size**2 < group:
         size *= 2
     return size
@@ -119,18 +119,19 @@ def compare(
 
         def sketched(n, u, G, own, step=step, params=params):
             each = parts * len(G) // batch
-            size = size_of(settings, len(G), each)
+            size, least = (size_of(settings, len(G), each, some) for some in (SIZE, 2 * SIZE))
             weight = BESIDE.get(name, {}).get(n)
             if weight is not None and own is not None:
                 h = G @ own.sides[weight][0]
                 if served[weight]:
                     part = basis_parts(own, weight, params[weight])[0]
-                    h = h @ oracle.sums(weight, 0, len(u), 2 * size, step, part)
+                    h = h @ oracle.sums(weight, 0, len(u), least, step, part)
                 return oracle.beside(G, *own.sides[n], h, each)
             if not served[n]:
                 return None
             left, right = identity_sides(u) if own is None else own.sides[n]
-            return oracle.sketch(n, G, u, left, right, size, step, basis_parts(own, n, u) if sums else None)
+            some, whose = (least, basis_parts(own, n, u)) if sums else (size, None)
+            return oracle.sketch(n, G, u, left, right, some, step, whose)
 
         options = {"buffers": buffers, "steps_done": step, "sketched": sketched, "metric": metric}
         if metric is not None:
@@ -316,7 +317,7 @@ def test_k_is_right_in_the_mean(shape):
     exact, size, count = gram_matrix(blocks.matrix(columns)), 4, 3000
     found = torch.stack(
         [
-            Sketch(size, Signs(torch.tensor(float(step))), torch.float64).gram(
+            Sketch(size, 7 * size, Signs(torch.tensor(float(step))), torch.float64).gram(
                 Columns(columns), shape, blocks, None, None
             )
             for step in range(count)
@@ -329,10 +330,12 @@ def test_k_is_right_in_the_mean(shape):
 
 
 @pytest.mark.parametrize(
-    ("batch", "columns", "group", "size"), [(16, 1, 16, 4), (17, 1, 17, 8), (33, 2, 33, 16), (33, 2, 4, 4)]
+    ("batch", "columns", "group", "size", "sums"),
+    [(16, 1, 16, 4, 28), (17, 1, 17, 8, 28), (33, 2, 33, 16, 28), (33, 2, 4, 4, 28), (80, 10, 80, 32, 56)],
 )
-def test_a_large_block_has_more(batch, columns, group, size):
-    assert Sketch.of(4, Blocks(batch, columns, group), torch.tensor(0), torch.float32).size == size
+def test_a_large_block_has_more(batch, columns, group, size, sums):
+    found = Sketch.of(4, Blocks(batch, columns, group), torch.tensor(0), torch.float32)
+    assert (found.size, found.sums) == (size, sums)
 
 
 def test_signs_are_read_few_times():
@@ -527,7 +530,7 @@ def test_a_bias_has_its_own_gram_where_it_is_not_its_layers(why):
     ],
 )
 def test_as_many_sums_are_left(n, part, size, left):
-    one = Sketch(size, Signs(torch.tensor(0)), torch.float64)
+    one = Sketch(size, 7 * size, Signs(torch.tensor(0)), torch.float64)
     assert n // one._neighbours(n, part) == left
     eye = torch.eye(n, dtype=torch.float64)
     basis = None if part == 0 else torch.eye(part, dtype=torch.float64).repeat(n // part, 1, 1)
@@ -540,7 +543,7 @@ def test_sums_are_right_in_the_mean():
     x = torch.randn(6, 256, generator=generator, dtype=torch.float64)
     scale = torch.rand(256, generator=generator, dtype=torch.float64) + 0.5
     exact, count = (x / scale) @ x.T, 2000
-    found = [Sketch(2, Signs(torch.tensor(s)), torch.float64)._summed(x, "a", 1, scale, None) for s in range(count)]
+    found = [Sketch(2, 14, Signs(torch.tensor(s)), torch.float64)._summed(x, "a", 1, scale, None) for s in range(count)]
     assert found[0].shape == (6, 16)
     grams = torch.stack([t @ t.T for t in found])
     error = (grams.mean(0) - exact) / (grams.std(0) / count**0.5)
