@@ -1,6 +1,7 @@
 # `make demo` and `make test` need python3 (3.11 or newer, with venv) and make, nothing else.
 #   make PYTHON=python3.12 test     another interpreter (after `make clean` if .venv exists)
 #   make test ARGS="-k bellman"     arguments for pytest
+#   make test ARGS='-m "not slow"'  every case of the tests, as CI runs them
 #   make test JOBS=0                tests in one process
 PYTHON ?= python3
 VENV   ?= .venv
@@ -20,7 +21,7 @@ help: ## list the targets
 demo: $(VENV)/.demo ## train on real digits; the picture and the graphs go to demo-output/
 	$(BIN)/python -m ddpn_fx demo --out demo-output
 
-test: $(VENV)/.dev ## run the tests, all but the slow ones
+test: $(VENV)/.dev ## run the tests, of those with many cases a few
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-all: $(VENV)/.dev ## run the slow tests as well

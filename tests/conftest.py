@@ -30,11 +30,27 @@ hypothesis.settings.register_profile("thorough", parent=hypothesis.settings.get_
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    _spread(items)
     cuda = [item for item in items if item.get_closest_marker("cuda")]
     if cuda and not torch.cuda.is_available():
         for item in cuda:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _spread(items):
+    """Of the cases of a test that is marked ``cases(n)``, n spread evenly stay; the others are ``thorough``."""
+    tests = {}
+    for item in items:
+        mark = item.get_closest_marker("cases")
+        if mark is not None:
+            tests.setdefault((item.path, item.originalname), (*mark.args, []))[1].append(item)
+    for count, cases in tests.values():
+        kept = {round((len(cases) - 1) * i / max(1, count - 1)) for i in range(count)}
+        for i, item in enumerate(cases):
+            if i not in kept:
+                item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture(autouse=True)
