@@ -328,7 +328,10 @@ class _Recursion:
         linear, hyper, blocks = self.linear, self.hyper, self.linear.blocks
         gram: Tensor | None = None
         found = {gamma.name: gamma for gamma in linear.gammas.of(self.controls[stage.index])}
-        beside = biases(self.chain, stage, found, linear.metrics, self.group, blocks) if self._sketch else {}
+        if self._sketch is None:
+            beside = {}
+        else:
+            beside = biases(self.chain, stage, found, linear.metrics, linear.sketched, self.group, blocks)
         linear.beside += beside.values()
         for gamma in (found[name] for name in found if name not in linear.beside):
             with origin({"role": "gram", "stage": stage.index, "module_path": gamma.name}):
@@ -341,7 +344,7 @@ class _Recursion:
         """K_t of one parameter, with that of a bias beside it."""
         linear, name = self.linear, gamma.name
         metric, sketch = linear.metrics.get(name), self._sketch_of(name)
-        own = squares(bias, linear.metrics[bias.name]) if bias else None
+        own = squares(bias, linear.metrics.get(bias.name)) if bias else None
         if sketch is None:
             return gamma.gram(linear.blocks, metric, own)
         return sketch.gram(gamma.plain, self.params[name].shape, linear.blocks, linear.frames.get(name), metric, own)

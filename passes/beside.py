@@ -18,7 +18,7 @@ theirs is K in the mean, and this is not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 from torch import Tensor
 
@@ -33,33 +33,38 @@ def biases(
     stage: Stage,
     gammas: Mapping[str, Gamma],
     metrics: Mapping[str, Metric],
+    sketched: Container[str],
     group: Mapping[str, int],
     blocks: Blocks,
 ) -> dict[str, str]:
     """The weights of a stage whose K is a product of two Grams, and the biases that come with them.
 
+    In the identity the two share the Gram of h as it is, but where that is one of sums, of the weight alone.
+
     Args:
         chain: the chain.
         stage: one of its stages.
         gammas: of the stage's parameters, by name.
-        metrics: of K by parameter name; none for the identity, in which the two share a Gram as it is.
+        metrics: of K by parameter name; none for the identity.
+        sketched: names of the parameters whose K comes from a sketch.
         group: parameter name -> index of its parameter group: they have one step size.
         blocks: the blocks of K.
     """
     return {
         weight: bias
         for weight, bias in _layers(chain, stage)
-        if {weight, bias} <= gammas.keys() & metrics.keys()
+        if {weight, bias} <= gammas.keys()
         and group[weight] == group[bias]
-        and metrics[weight].sides is not None
+        and (weight in sketched or (weight in metrics and metrics[weight].sides is not None))
         and gammas[weight].plain.positions_of() == 1
         and gammas[weight].plain.factors(blocks) is not None
     }
 
 
-def squares(bias: Gamma, metric: Metric) -> Tensor:
-    """|h_i|^2 of a bias in its metric: (B,)."""
-    whitened = metric.whiten(bias.columns()).flatten(1)
+def squares(bias: Gamma, metric: Metric | None) -> Tensor:
+    """|h_i|^2 of a bias in its metric (None: the identity): (B,)."""
+    columns = bias.columns()
+    whitened = (columns if metric is None else metric.whiten(columns)).flatten(1)
     return (whitened * whitened).sum(1)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import ddpn_fx
 from ddpn_fx.passes import sketch
@@ -121,12 +122,15 @@ def compare(
             each = parts * len(G) // batch
             size, least = (size_of(settings, len(G), each, some) for some in (SIZE, 2 * SIZE))
             weight = BESIDE.get(name, {}).get(n)
-            if weight is not None and own is not None:
-                h = G @ own.sides[weight][0]
+            if weight is not None and (own is not None or served[weight]):
+                root = mine = identity_sides(u)[0]
+                if own is not None:
+                    root, (mine,) = own.sides[weight][0], own.sides[n]
+                h = G @ root
                 if served[weight]:
                     part = basis_parts(own, weight, params[weight])[0]
                     h = h @ oracle.sums(weight, 0, len(u), least, step, part)
-                return oracle.beside(G, *own.sides[n], h, each)
+                return oracle.beside(G, mine, h, each)
             if not served[n]:
                 return None
             left, right = identity_sides(u) if own is None else own.sides[n]
@@ -500,6 +504,23 @@ def test_a_bias_is_one_more_input_of_its_layer():
     assert "K of a bias with that of its weight: 4.bias, 2.bias, 0.bias" in str(ddpn_fx.explain(opt))
     assert "K of a bias" not in str(ddpn_fx.explain(other))
     assert not torch.equal(weights(net), weights(exact))
+
+
+@pytest.mark.parametrize("rank", [1, None])
+def test_without_a_metric_a_bias_has_no_gram_of_its_own_beside_sums(rank):
+    """With K exact the two share the Gram of the cotangents; that of their sums, the weight's, serves both too."""
+    sizes = 256, 256, 256, 5
+    (net, opt), (_, other) = (dense_step(*sizes, batch=32, rank=rank, sketch=s) for s in (16, 0))
+    assert sketched(net) == {"0.weight", "2.weight", "4.weight"}
+    assert "K of a bias with that of its weight: 4.bias, 2.bias, 0.bias" in str(ddpn_fx.explain(opt))
+    assert "K of a bias" not in str(ddpn_fx.explain(other))
+    x, y = torch.randn(32, 256), torch.arange(32) % 5
+    found = []
+    for one in (opt, other):
+        with FlopCounterMode(display=False) as counter:
+            one.train_step(x, y)
+        found.append(counter.get_total_flops())
+    assert found[0] < found[1]
 
 
 @pytest.mark.parametrize("why", ["group", "tied", "pass"])
