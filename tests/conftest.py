@@ -40,7 +40,10 @@ def pytest_collection_modifyitems(items):
 
 
 def _spread(items):
-    """Of the cases of a test that is marked ``cases(n)``, n spread evenly stay; the others are ``thorough``."""
+    """Of the cases of a test that is marked ``cases(n)``, n spread evenly stay; the others are ``thorough``.
+
+    A test takes some five seconds of the default run, with all its cases.
+    """
     tests = {}
     for item in items:
         mark = item.get_closest_marker("cases")

@@ -58,6 +58,7 @@ def said(caplog):
     return [r.getMessage() for r in caplog.records if r.name == "ddpn_fx.advice" and r.levelno == logging.WARNING]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_said_where_it_is_known(name, caplog):
     model, loss, x, y, what = CASES[name]
@@ -74,6 +75,7 @@ def test_it_is_said_where_it_is_known(name, caplog):
     assert not ddpn_fx.explain(opt.net).advice  # of no optimizer
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -58,6 +58,7 @@ CASES = {
 }
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_the_steps_are_the_same(options):
     """Losses, weights and all that is kept, with what is alike together and each by itself."""
@@ -68,6 +69,7 @@ def test_the_steps_are_the_same(options):
     torch.testing.assert_close(kept(opt), kept(other), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.thorough
 def test_it_takes_fewer_operators():
     """What a step does for each of some weights is done once, in an exact step and in a lagged one."""
     together, _, _ = trained(2, preconditioner="eigen-factored")
@@ -105,6 +107,7 @@ def products(role, **passes):
     return losses, [sum(n.target in kinds and n.meta.get("role") == role for n in graph.nodes) for graph in graphs]
 
 
+@pytest.mark.thorough
 def test_sides_grams_and_frames_of_alike_weights_are_worked_out_together(monkeypatch):
     """Of four weights of a shape a step thins inputs and cotangents one by one, and does what is small at once."""
     losses, grams = products("gram")
@@ -118,6 +121,7 @@ def test_sides_grams_and_frames_of_alike_weights_are_worked_out_together(monkeyp
     assert [b - a for a, b in zip(turned, products("update")[1], strict=True)] == [2 * 3] * 2
 
 
+@pytest.mark.thorough
 def test_what_is_large_is_not_copied_for_a_call_less(monkeypatch):
     """Where inputs of a Gram have more elements than there may be they stay where they are."""
     monkeypatch.setitem(alike._MOST_OF, alike.GRAM, 8)
@@ -125,6 +129,7 @@ def test_what_is_large_is_not_copied_for_a_call_less(monkeypatch):
     assert products("gram")[1] == products("gram", alike=False)[1]
 
 
+@pytest.mark.thorough
 def test_stored_stacks_come_in_and_go_out_without_a_copy():
     """No program stacks what it has taken out of a stack of the state, in whichever order its stages come."""
     together, _, _ = trained(2, preconditioner="eigen-factored")
@@ -139,6 +144,7 @@ def test_stored_stacks_come_in_and_go_out_without_a_copy():
             assert not any(n.target is aten.select.int and n.args[0] in stored for n in stack.args[0])
 
 
+@pytest.mark.thorough
 def test_inductor_takes_the_same_steps():
     """Compiled, on the stacks in place; without eigenvectors, whose signs and order are rounding's to choose."""
     options = {"preconditioner": "factored", "lr": 0.01, "beta1": 0.9}
@@ -152,6 +158,7 @@ def alike_biases(opt):
     return [opt.state[p]["square_avg"] for p in opt.net.parameters() if p.shape == (WIDTH,)]
 
 
+@pytest.mark.thorough
 def test_state_of_alike_weights_is_one_tensor():
     """Each parameter's is a view of it, and stays so from step to step."""
     _, opt, _ = trained(1, preconditioner="eigen-factored")
@@ -161,6 +168,7 @@ def test_state_of_alike_weights_is_one_tensor():
     assert all(t._base is base and torch.equal(t, base[i]) for i, t in enumerate(alike_biases(opt)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["loaded", "copied", "replaced"])
 def test_what_is_kept_may_be_loaded_copied_and_replaced(how):
     """Training goes on as it would have, and what is taken back into a stack is what was given."""
@@ -184,6 +192,7 @@ def test_what_is_kept_may_be_loaded_copied_and_replaced(how):
     assert len({id(t._base) for t in alike_biases(opt)}) == 1
 
 
+@pytest.mark.thorough
 def test_a_parameter_that_leaves_has_its_state_for_itself():
     """Frozen, the others' stack is made anew; the step is that of the plain state."""
     results = []

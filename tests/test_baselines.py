@@ -92,6 +92,7 @@ def emsa_by_hand(model, x, y, rho, iterations):
     return found
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize("rho", [0.5, 10.0])
 def test_emsa_is_that_of_plain_torch(rho, backend):

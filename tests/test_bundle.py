@@ -54,6 +54,7 @@ def inputs(count=6, size=40):
     return [torch.randn(size, size) / size**0.5 for _ in range(count)]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_program_is_few_libraries(built, monkeypatch, threads):
     monkeypatch.setattr("ddpn_fx.passes.bundle._LEAST", 1_000)
@@ -97,6 +98,7 @@ def test_the_same_kernel_is_there_once():
     assert len(bundle.kernels) == 2
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_bundle_that_is_refused_is_compiled_one_by_one(built, monkeypatch, caplog, threads):
     hand_out = "ddpn_fx.passes.bundle._HAND_OUT"

@@ -186,6 +186,7 @@ def test_a_custom_function_that_writes_into_its_input_is_refused():
 # --- draws inside operators -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -207,6 +208,7 @@ def test_dropout_between_recurrent_layers(layer, batch_first, bidirectional):
     closed_loop(net, x, y)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_dropout_inside_attention(mask, groups):
@@ -267,6 +269,7 @@ def test_attention_with_dropout_trains_closed_loop():
 # --- lookups --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding", [None, 2])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -426,6 +429,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("source", SOURCES)
 def test_other_forms_of_a_module_train_as_it_does(source):
@@ -610,6 +614,7 @@ LIKELIHOODS = {
 }
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_a_likelihood_of_probabilities_trains_as_that_of_logits(name):
     """Two steps of the whole loop; the model's outputs are its own."""
@@ -628,6 +633,7 @@ def test_a_likelihood_of_probabilities_trains_as_that_of_logits(name):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("end", "loss"),
     [
@@ -655,6 +661,7 @@ MULTIPLES = {
 }
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", MULTIPLES)
 def test_a_multiple_of_a_known_loss_is_known(name):
     """c times a loss at step size eta takes the step of the loss at c eta: (1 / eta + c J^T D J)^-1 c grad J."""

@@ -208,6 +208,7 @@ def test_chain_prints_the_stages(models, argv, capsys):
     assert all(name in printed.out for name in names)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "argv",
     [

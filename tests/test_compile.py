@@ -191,6 +191,7 @@ def test_options_of_torch_compile_are_taken():
     assert backend.graphs == 2
 
 
+@pytest.mark.thorough
 @matrix(("attention", "nonlinear"))
 def test_aot_eager_is_bit_equal_to_eager(model, mode):
     found = []
@@ -204,11 +205,13 @@ def test_aot_eager_is_bit_equal_to_eager(model, mode):
             assert torch.equal(found[1][kind][name], want), name
 
 
+@pytest.mark.thorough
 @matrix(("cnn", "nonlinear"))
 def test_inductor_equals_the_oracle(model, mode):
     compare(case(model), MODES[mode], backend="inductor", dtype=torch.float32, tolerance=1e-4)
 
 
+@pytest.mark.thorough
 def test_reduce_overhead_is_taken_on_a_cpu():
     torch.manual_seed(0)
     model = nn.Linear(4, 3)

@@ -143,6 +143,7 @@ class LQ:
         return z[(T + 1) * n :].reshape(T, m), z[: (T + 1) * n].reshape(T + 1, n)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("T", "n", "m", "second_order"), [(7, 3, 2, False), (7, 3, 2, True), (1, 2, 4, False), (12, 1, 1, True)]
 )
@@ -247,6 +248,7 @@ def bent_cost(x, u, t):
     return torch.cos(x[0] * u[0]) + (x[1] - u[1]) ** 4 + x[2] ** 2 * u[0] ** 2 + u @ u * (1 + t)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("second_order", "regularize", "compile"),
     [(True, "control", False), (False, "state", False), (True, "both", "aot_eager")],
@@ -384,6 +386,7 @@ def fast(name, second_order=False):
     return task, control.solve(*task.functions, task.x0, task.us, second_order=second_order, max_iterations=300)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("name", "second_order"), [("pendulum", False), ("pendulum", True), ("cart-pole", False), ("car", False)]
 )
@@ -493,6 +496,7 @@ def test_a_finished_problem_stays_as_it_is_bit_for_bit():
 # --- compiled -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("second_order", [False, True])
 def test_compiled_is_eager(second_order):
     """Four graphs, whatever the number of iterations and solves; equal to the graphs run as they are."""
@@ -513,6 +517,7 @@ def test_compiled_is_eager(second_order):
         torch.testing.assert_close(getattr(r, name), getattr(eager, name), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")  # inductor's own
 def test_inductor():
     lq = LQ(T=6, n=2, m=1)
@@ -639,6 +644,7 @@ def test_the_schedule():
     np.testing.assert_allclose(down, [[0.5, 0], [0.125, 0], [0.015625, 0]], rtol=1e-6)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("where", ["state", "cost"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_candidate_that_is_not_finite_is_rejected(where, bad):
@@ -734,6 +740,7 @@ def test_zero_iterations_give_the_policy_at_the_first_guess():
 # --- a network ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("second_order", [False, True])
 def test_one_iteration_on_a_small_network_is_vanilla_ddp(second_order):
     """x = activations, u_t = weights of layer t, one sample: Table 2's row "vanilla DDP", and the loss falls."""

@@ -209,6 +209,7 @@ STATISTICS = ("default", "nonlinear", "kronecker, of values", "eigen-kronecker")
 CASES = [("noise", mode) for mode in MODES] + [("batch norm", mode) for mode in STATISTICS]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_shared_derivation_gives_the_graph_of_deriving_each_stage(name, mode, monkeypatch):
     """Node by node: operators, constants, edges, module paths and source lines; so bit for bit, and the same draws."""
@@ -247,6 +248,7 @@ def sequences():
 SKETCHES = {"identity": {"sketch": 2}, "eigen-factored": {"preconditioner": "eigen-factored", "sketch": 2}}
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("mode", SKETCHES)
 @pytest.mark.parametrize("make", [convolutions, sequences])
 def test_a_shared_derivation_with_sketches_too(make, mode, monkeypatch):
@@ -297,6 +299,7 @@ def tied_layer():
     return model
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("model", "alone"),
     [

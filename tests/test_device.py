@@ -97,6 +97,7 @@ def reads(graph):
     return [n for n in graph.nodes if n.op == "call_function" and (n.target in READS or by_mask(n))]
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_graph_of_a_step_reads_no_value(name):
     _, _, lowered = traced(OPTIONS[name])
@@ -133,6 +134,7 @@ def test_a_step_runs_without_values(name):
     assert {n: p.shape for n, p in new.items()} == {n: p.shape for n, p in params.items()}
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", ["default", "full", "nonlinear", "groups", "kronecker", "momentum"])
 def test_under_autocast_the_recursion_is_in_float32(name):
     _, _, lowered = traced(OPTIONS[name], low=True)
@@ -151,6 +153,7 @@ def test_under_autocast_the_recursion_is_in_float32(name):
     assert all(n.args[1].meta["val"].dtype == torch.float32 for n in writes)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", ["default", "nonlinear", "diagonal", "kronecker", "open", "full"])
 def test_channels_last_is_kept_and_changes_nothing(name):
     twin = traced({})[0]

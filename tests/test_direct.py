@@ -49,6 +49,7 @@ def check(run, w, x):
     assert torch.allclose(w, want, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_one_program_serves_every_step_of_a_situation(operands):
     w, x = operands
     run = Direct(graph(w, x), {})
@@ -217,6 +218,7 @@ class Net(nn.Module):
         return self.fc(F.relu(self.norm(self.conv(x))).flatten(1))
 
 
+@pytest.mark.thorough
 def test_a_step_takes_any_layout_of_the_batch():
     """Also channels last, whose weights keep their layout."""
     y = torch.randint(3, (5,))
@@ -247,6 +249,7 @@ print(counters["aot_autograd"]["autograd_cache_hit"], float(sum(p.double().sum()
 """
 
 
+@pytest.mark.thorough
 def test_a_second_process_finds_the_program_and_steps_the_same(tmp_path):
     def run(rate):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}

@@ -75,6 +75,7 @@ def train(rank, options, loop, backend):
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("options", "loop", "backend"),
     [
@@ -137,6 +138,7 @@ def one_is_not_finite(rank):
     return found
 
 
+@pytest.mark.thorough
 def test_a_part_that_is_not_finite_stops_the_step_of_all(tmp_path):
     for rank in spawned(one_is_not_finite, tmp_path):
         assert [moved for moved, _, _ in rank] == [True, False, True, True]
@@ -151,6 +153,7 @@ def with_other_rounding(rank):
     return train(rank, {"preconditioner": EIGEN, "lr": 0.05}, "train_step", "eager")
 
 
+@pytest.mark.thorough
 def test_bases_are_the_same_in_all_processes(tmp_path):
     one, other = spawned(with_other_rounding, tmp_path)
     for (_, weights, state), (_, same, same_state) in zip(one, other, strict=True):
@@ -169,6 +172,7 @@ def buffers(rank):
     return net.state_dict()
 
 
+@pytest.mark.thorough
 def test_all_begin_as_the_first(tmp_path):
     one, other = spawned(buffers, tmp_path)
     assert one["1.running_mean"].eq(0).all()
@@ -188,6 +192,7 @@ def alone_in_ddp(rank):
     return all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.thorough
 def test_processes_that_would_part_are_refused(tmp_path):
     assert spawned(alone_in_ddp, tmp_path) == [True, True]
 
@@ -199,6 +204,7 @@ def alone(rank):
     return net.state_dict()
 
 
+@pytest.mark.thorough
 def test_processes_that_part_are_told(tmp_path):
     one, other = spawned(alone, tmp_path)
     assert any(not torch.equal(value, other[name]) for name, value in one.items())

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="an unpacked sdist hol
 PAGES = sorted(p.name for p in DOCS.glob("*.md") if "```python" in p.read_text()) if DOCS.is_dir() else []
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):

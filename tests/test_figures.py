@@ -108,11 +108,13 @@ def check(
     return net, opt
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_against_the_oracle(mode):
     check("mlp-tanh", MODES[mode])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", CASES[1:])
 @pytest.mark.parametrize("mode", ["default", "groups", "nonlinear"])
 def test_other_models(name, mode):
@@ -230,6 +232,7 @@ def test_quantiles_are_torch_s(values):
 # ---- no cost when off ----
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("mode", ["default", "no fold", "open", "paper"])
 def test_without_figures_the_graph_is_the_one_that_it_was(mode):
     """The same graph before and after a step with figures, and not a node of theirs in it; with them it has more."""

@@ -118,6 +118,7 @@ def measured(name: str, batch: int, **options) -> tuple[int, list[Product]]:
     return flops(lambda: opt.train_step(x, y)), layers
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("name", MODELS)
 def test_sgd_costs_what_the_law_says(name, batch):
@@ -130,6 +131,7 @@ def test_sgd_costs_what_the_law_says(name, batch):
     assert measured(name, batch, feedback=False)[0] == pytest.approx(want, rel=TOLERANCE)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
 @pytest.mark.parametrize("name", MODELS)
@@ -156,6 +158,7 @@ def test_a_step_of_full_rank_costs_what_the_law_says():
     assert got == pytest.approx(sum(p.work(16, 9, 1) for p in layers), rel=TOLERANCE)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("options", [{}, {"preconditioner": "factored"}, {"weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("iterations", [1, 4])
 @pytest.mark.parametrize("name", MODELS)
@@ -169,6 +172,7 @@ def test_an_iteration_costs_a_forward_pass_and_a_weight_gradient(name, iteration
     assert got == pytest.approx(want, rel=TOLERANCE)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["convolutions", "sequence"])
 def test_a_metric_costs_one_more_contraction(name):
     """Its moments are those of the gradient. Where per-sample gradients are formed, both contractions are with them."""
@@ -177,6 +181,7 @@ def test_a_metric_costs_one_more_contraction(name):
     assert got == pytest.approx(want, rel=TOLERANCE)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("feedback", [False, True])
 def test_ekfac_of_dense_layers_turns_factors_and_forms_no_column_for_its_moments(feedback, batch):
@@ -208,6 +213,7 @@ def summed(n: int) -> int:
     return min(n // m for m in range(1, n + 1) if n % m == 0 and (m == 1 or n // m >= 64))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batch", [16, 64])
 def test_eigen_factored_in_the_open_loop_turns_the_direction_alone(batch):
     """Into the frame and out of it, with its moments there; one contraction serves the step and what it predicts."""
@@ -220,6 +226,7 @@ def test_eigen_factored_in_the_open_loop_turns_the_direction_alone(batch):
     assert got == pytest.approx(want, rel=TOLERANCE)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("lagged", [False, True])
 def test_eigen_factored_of_dense_layers_turns_inputs_and_cotangents_alone(batch, lagged):
@@ -248,6 +255,7 @@ def sketched(p: Product, batch: int, size: int, contractions: int = 1, columns: 
     return 2 * (total + (whole + contractions * batch * one if columns else contractions * whole))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("name", ["convolutions", "sequence"])
 def test_a_sketch_costs_by_its_size(name, batch):
@@ -256,6 +264,7 @@ def test_a_sketch_costs_by_its_size(name, batch):
     assert got == pytest.approx(sum(sketched(p, batch, 8) for p in layers), rel=TOLERANCE)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("lagged", [False, True])
 def test_a_sketch_in_a_frame_turns_signs_and_directions_alone(batch, lagged):

@@ -108,6 +108,7 @@ def printed(name):
     return "\n".join([*lines, ""])
 
 
+@pytest.mark.cases(2)
 @pytest.mark.skipif(
     PINNED is None or torch.__version__.split("+")[0] != PINNED[1],
     reason=f"the golden graphs are those of torch {PINNED and PINNED[1]}, this is {torch.__version__}",

@@ -34,6 +34,7 @@ def memories(tensors):
     return [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["mlp", "cnn-groupnorm", "attention", "tied-embedding"])
 @pytest.mark.parametrize("mode", OPTIONS)
 def test_the_halves_are_the_whole(name, mode):

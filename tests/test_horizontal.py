@@ -26,6 +26,7 @@ def trained(model, monkeypatch, joined, **options):
     return counts, [p.detach().clone() for p in net.parameters()]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("model", "options", "fewer"),
     [

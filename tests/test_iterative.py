@@ -98,6 +98,7 @@ METRICS = {
 }
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("options", METRICS.values(), ids=METRICS)
 @pytest.mark.parametrize("make", [deep, Images], ids=["dense", "batch norm"])
 def test_with_many_iterations_it_is_the_dense_solve(make, options):
@@ -181,6 +182,7 @@ def test_every_iteration_decreases_what_the_step_minimises(lr):
     assert values[0] > values[-1] + 1e-4 * abs(values[-1])
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
 def test_every_model_equals_the_oracle(case):
     curvature = {"curvature": 2.0} if case.loss.kind == "other" else {}
@@ -191,6 +193,7 @@ def test_it_equals_the_oracle_in_float32():
     compare(case("cnn"), Settings(cg_iterations=3), dtype=torch.float32, tolerance=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", [deep, Images, Plain], ids=["dense", "batch norm", "images"])
 def test_the_traced_step_is_the_untraced_one(make):
     options = {"cg_iterations": 3, "preconditioner": EigenFactored(), "lr": 0.05, "weight_decay": 0.1}
@@ -212,6 +215,7 @@ class Wide(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x.view(-1, 1, 8, 8))))).flatten(1))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("make", "size", "formed"),
     [(lambda: relu_network(64, 32, 32, 3), 512, 512 * 512), (Wide, 64, 64 * 32 * 16 * 9)],
@@ -308,6 +312,7 @@ def test_it_needs_the_pass_that_folds():
         ddpn_fx.DDPNOpt(net, cg_iterations=5)
 
 
+@pytest.mark.thorough
 def test_a_part_that_is_exported_takes_omega_from_the_one_before(tmp_path):
     """The feedback part contracts the omega that it is given, and does not solve once more."""
     net = ddpn_fx.compile(deep().double(), loss=F.cross_entropy, backend="eager")

@@ -72,6 +72,7 @@ SAID = (
 DETAILS = ("0: embedding.weight; data -> (B, 5)", "bilinear.default: rule generic", "cut: 1 live tensor")
 
 
+@pytest.mark.thorough
 def test_torch_logs(tmp_path):
     said = run(tmp_path, TORCH_LOGS="+ddpn_fx")
     assert [wanted for wanted in (*SAID, *DETAILS) if wanted not in said] == []

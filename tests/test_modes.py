@@ -87,12 +87,14 @@ def pairs():
             yield pytest.param(recursion, terminal, id=f"{recursion}-{terminal}")
 
 
+@pytest.mark.cases(57)
 @pytest.mark.parametrize(("recursion", "terminal"), list(pairs()))
 @pytest.mark.parametrize("case", MAIN, ids=name)
 def test_recursion_equals_oracle(case, recursion, terminal):
     compare(case, Settings(**{**TERMINALS[terminal], **RECURSIONS[recursion]}), batch=4)
 
 
+@pytest.mark.cases(21)
 @pytest.mark.parametrize("terminal", TERMINALS)
 @pytest.mark.parametrize("case", KNOWN, ids=name)
 def test_known_losses_equal_oracle(case, terminal):
@@ -116,6 +118,7 @@ def test_other_losses_equal_oracle(case, terminal):
     compare(case, Settings(**terminal), batch=3)
 
 
+@pytest.mark.cases(36)
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize(
     "case", [c for c in cases() if c.name in ("mlp-tanh", "residual", "looped", "tied-embedding", "bare")], ids=name

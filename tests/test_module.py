@@ -349,6 +349,7 @@ def test_part_of_the_model_in_eval_mode():
     assert [m.training for m in model] == [True, False, True]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("dtype", "backend"),
     [(torch.float64, None), (torch.float16, None), (torch.bfloat16, None), (torch.bfloat16, "eager")],

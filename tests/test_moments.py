@@ -58,6 +58,7 @@ def test_the_first_step_is_exact_and_every_fourth():
     assert lags(made()[1], 9) == [False, True, True, False, True, True, True, False, True]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -80,6 +81,7 @@ def test_a_chain_with_batch_statistics_has_exact_steps():
     assert len(opt.net._lowered) == 1
 
 
+@pytest.mark.thorough
 def test_policies_are_those_of_the_next_step():
     def shown(norm, every):
         layers = nn.Linear(20, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Tanh(), nn.Linear(8, 4)
@@ -91,6 +93,7 @@ def test_policies_are_those_of_the_next_step():
     assert not torch.equal(shown(False, 4), shown(False, 1))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("p", [Diagonal(exact_every=2), Factored(exact_every=2), EigenFactored(exact_every=2)])
 @pytest.mark.parametrize("options", [{}, {"rollout": "nonlinear"}, {"coupling": 4}, {"accumulate": 2}], ids=str)
 def test_a_lagged_step_forms_one_gradient_of_a_weight(p, options):
@@ -105,6 +108,7 @@ def test_a_lagged_step_forms_one_gradient_of_a_weight(p, options):
     assert products[False] - products[True] == 1
 
 
+@pytest.mark.thorough
 def test_it_trains_as_exact_steps_do():
     def end(every):
         _, opt = made(preconditioner=EigenFactored(exact_every=every))
@@ -140,6 +144,7 @@ WORDS = [
 ]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("p", [Factored(decay=0.9, eps=1e-3, exact_every=3), EigenFactored(**TURNS)], ids=str)
 def test_a_table_has_the_batch_at_hand_in_the_metric_of_its_k(p, parts):
@@ -217,6 +222,7 @@ def test_a_weight_that_comes_in_later_has_an_exact_step_first():
     assert 0 < change < 0.2  # three steps of 0.01 in a metric that knows it
 
 
+@pytest.mark.thorough
 def test_a_weight_that_is_thawed_has_an_exact_step_first():
     torch.manual_seed(0)
     net = ddpn_fx.compile(Net(), loss=F.cross_entropy, backend="eager")
@@ -281,6 +287,7 @@ def _loaded(net, opt):
     return fresh
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("taken", [2, 3, 5])
 def test_a_training_goes_on_where_it_was(taken):
     whole, opt = made()
@@ -299,6 +306,7 @@ def test_an_optimizer_of_before_there_were_lagged_steps_is_read():
     assert lags(pickle.loads(pickle.dumps(opt)), 2) == [False, True]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_the_usual_loop_takes_the_same_steps(backend):
     torch.manual_seed(0)

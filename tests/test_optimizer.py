@@ -71,6 +71,7 @@ def assert_equal(got, want, tolerance=0.0):
 # --- it is SGD with the loop open -----------------------------------------------------------------
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("model", [mlp, lambda: CNN().double(), lambda: Normed().double()], ids=["mlp", "cnn", "norm"])
 def test_open_loop_is_sgd(model):
     net = compiled(model(), disable=False, backend="eager")
@@ -214,6 +215,7 @@ def test_a_profiler_sees_the_label_of_a_step():
     assert [e.count for e in seen.key_averages() if e.key == "Optimizer.step#DDPNOpt.step"] == [1]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("backend", "rank"), [(None, 1), ("eager", None)])
 def test_a_step_without_noise_leaves_the_random_state(backend, rank):
     options = {"disable": True} if backend is None else {"disable": False, "backend": backend}
@@ -746,6 +748,7 @@ def test_a_state_without_a_number_takes_the_default():
     opt.train_step(*batch())
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("options", STATES.values(), ids=STATES)
 def test_copies_and_pickles_continue_identically(options, way):

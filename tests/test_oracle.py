@@ -297,6 +297,7 @@ def test_bound_of_cross_entropy_is_the_norm_of_the_gradient_times_root_two():
     torch.testing.assert_close(model.S[:, :, 0], g / (math.sqrt(2) * g.norm(dim=1, keepdim=True)))
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -404,6 +405,7 @@ GAUSS_NEWTON = [
 ]
 
 
+@pytest.mark.cases(52)
 @pytest.mark.parametrize("settings", GAUSS_NEWTON, ids=lambda s: f"{s.terminal}-{s.rank}")
 @every_case
 def test_batch_gauss_newton_linear_is_the_damped_gauss_newton_step(c, settings):
@@ -554,6 +556,7 @@ DDP = [
 ]
 
 
+@pytest.mark.cases(40)
 @pytest.mark.parametrize(
     "settings", DDP, ids=lambda s: f"{s.quu}-{s.rollout}-{s.terminal}-{s.rank}-{s.gain}-{s.weight_decay}-{s.tikhonov}"
 )

@@ -36,6 +36,7 @@ def chained(name):
 # --- Algorithm 2 ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", ["mlp-tanh", "residual", "cnn", "bare"])
 def test_algorithm_2_is_the_program_with_feedback_false(name):
     """Back-propagation with GD, line by line: p_T = grad phi; du_t = -eta f_u^T p_{t+1}; p_t = f_x^T p_{t+1}."""

@@ -87,12 +87,14 @@ def compare(name, settings, batch, count, *, backend=None, preconditioner=None, 
         params, buffers = want.params, want.buffers
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["mlp-tanh", "cnn", "attention"])
 def test_the_step_is_the_oracles(name, mode):
     compare(name, MODES[mode], 6, 2, steps=2, backend="eager")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backend", [None, "eager", "inductor"])
 def test_parts_may_differ_in_size(backend):
     compare("mlp-tanh", MODES["decoupled, beta1"], 5, 2, backend=backend)
@@ -110,6 +112,7 @@ METRICS = {
 }
 
 
+@pytest.mark.cases(13)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     "settings",
@@ -139,6 +142,7 @@ def test_conjugate_gradients_solve_each_part():
     equal(one, other, 1e-6)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("options", [{}, {"preconditioner": "eigen-factored"}, {"feedback": False, "lr": 0.1}], ids=str)
 def test_one_part_is_the_whole(options):
     one, other = net_of(), net_of()
@@ -152,6 +156,7 @@ def test_one_part_is_the_whole(options):
 # --- the two loops --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("options", "norm", "backend"),
     [
@@ -192,6 +197,7 @@ def test_calls_may_come_before_their_backward_passes():
     equal(one, other)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_model_may_be_called_under_autocast(count):
     """Which ends before the step, and is on again in the next call, where the last part is taken."""
@@ -309,6 +315,7 @@ def test_zero_grad_drops_the_parts():
     equal(one, other)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["train_step", "load_state_dict"])
 def test_what_begins_anew_drops_the_parts(how):
     one, other = net_of(), net_of()
@@ -327,6 +334,7 @@ def test_what_begins_anew_drops_the_parts(how):
         equal(one, other)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_part_that_is_not_finite_makes_no_step(position, first):
@@ -452,6 +460,7 @@ def test_a_process_group_is_one():
 # --- around it ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
 def test_a_training_goes_on_where_it_was(how):
     one, other = net_of(), net_of()
@@ -473,6 +482,7 @@ def test_a_training_goes_on_where_it_was(how):
     equal(one, other)
 
 
+@pytest.mark.thorough
 def test_the_graphs_are_the_parts_and_the_finish(tmp_path):
     net = net_of()
     opt = ddpn_fx.DDPNOpt(net, accumulate=2, preconditioner="factored")

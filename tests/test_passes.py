@@ -428,6 +428,7 @@ def run_graph(captured, model: nn.Module, leaves: list) -> tuple:
     return tuple(fx.Interpreter(captured.module).run(*flat))
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", ["plain", "residual", "tied", "together", "tracked"])
 def test_the_captured_graph_runs_at_any_batch_size(name):
     model, chain = made(name)
@@ -572,6 +573,7 @@ REWRITES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple, tuple
 }
 
 
+@pytest.mark.cases(9)
 @pytest.mark.parametrize("name", REWRITES)
 def test_normal_form_rewrites_and_keeps_the_numbers(name):
     make, shape, gone, there = REWRITES[name]
@@ -1094,6 +1096,7 @@ def step_graph(name: str) -> fx.GraphModule:
     return traced(name, **STEPS[name])[2]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", STEPS)
 def test_the_fused_step_equals_the_untraced_one(name):
     results = []
@@ -1110,6 +1113,7 @@ def test_the_fused_step_equals_the_untraced_one(name):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", STEPS)
 def test_the_step_writes_only_at_its_end(name):
     """So that to merge equal operators is right: their inputs are the same at both."""
@@ -1157,6 +1161,7 @@ def test_a_record_tells_the_difference_in_operators():
 # --- provenance -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", STEPS)
 def test_nodes_of_the_step_know_where_they_come_from(name):
     nodes = [n for n in step_graph(name).graph.nodes if n.op == "call_function"]
@@ -1193,6 +1198,7 @@ def tensors_alive() -> list[Tensor]:
         return [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("how", "options"),
     [

@@ -310,6 +310,7 @@ PRECONDITIONERS = {
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("kind", PRECONDITIONERS)
@@ -319,6 +320,7 @@ def test_every_mode_equals_the_oracle_in_the_dense_metric(kind, settings, moment
     compare("mlp-tanh", PRECONDITIONERS[kind](moments), SETTINGS[settings])
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", ["cnn", "cnn-groupnorm", "residual", "attention", "looped", "tied-embedding", "bare"])
 @pytest.mark.parametrize("kind", ["diagonal", "adam", "factored", "eigen-factored", "eigen-factored, parts"])
 def test_metrics_of_the_direction_on_other_models(kind, name):
@@ -356,6 +358,7 @@ def run_both(make, opt, steps=20, backend=None):
     return ours, torch_opt
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "extra", [{}, {"momentum": 0.9}, {"weight_decay": 0.01}, {"momentum": 0.5, "weight_decay": 0.1}]
 )
@@ -591,6 +594,7 @@ def of_words(loss):
     return lambda output, target: loss(output, target.flatten())
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("model", "shape", "loss", "found"),
     [
@@ -689,6 +693,7 @@ def test_bases_stay_orthonormal_and_the_averages_in_them_what_they_were():
     assert not torch.allclose(state["exp_avg"], p.frame(site, p.state(site, torch.zeros(()))).into(average), atol=0.1)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("coupling", ["batch", 4])
 @pytest.mark.parametrize("p", [Factored(decay=0.9), EigenFactored(refresh_every=1), Kronecker(damping=0.1)])
 def test_a_large_table_in_a_metric_of_two_sides_forms_no_column(p, coupling, monkeypatch):
@@ -734,6 +739,7 @@ class Each(nn.Module):
         return self.head(h.mean(1) if h.dim() == 3 else h.mean((2, 3)))
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("rank", [1, None])
 @pytest.mark.parametrize(
     ("p", "shape", "turned"),
@@ -773,6 +779,7 @@ def test_turned_factors_are_turned_columns(p, shape, turned, rank, monkeypatch):
     assert seen == {turned}
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "kronecker"])
 def test_the_papers_form_by_name(kind):
     """`DDPNOpt.paper` is Alg. 3: the class's step with the literal settings, M from V."""
@@ -811,6 +818,7 @@ def test_the_papers_form_counts_its_clamps(lr, clamped):
 KINDS = ("diagonal", "factored", "eigen-factored", "kronecker", "eigen-kronecker")
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fused_program_equals_the_untraced_one(kind):
     results = []
@@ -826,6 +834,7 @@ def test_the_fused_program_equals_the_untraced_one(kind):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.thorough
 def test_inductor_keeps_a_scale_of_channels_last_weights_as_it_lies():
     """A metric's small tensors are kept by a view with their strides, those of the weight (`worked_out`)."""
     results = []
@@ -844,6 +853,7 @@ def test_inductor_keeps_a_scale_of_channels_last_weights_as_it_lies():
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_is_saved_and_loaded(kind):
     """Two steps, a save, two more: as four without the save; moments of a bfloat16 model stay in float32."""

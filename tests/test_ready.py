@@ -160,6 +160,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_a_change_between_steps_is_never_missed(change):
     """Against an optimizer that asks for everything anew at every step."""
@@ -206,6 +207,7 @@ def test_what_a_step_rests_on_is_made_once(monkeypatch):
     assert len(opt._ready) == 1, "weights of another time are kept"
 
 
+@pytest.mark.thorough
 def test_a_batch_in_the_memory_of_a_weight_is_not_run_by_the_program_of_others():
     """A program of inductor's holds for inputs that share no memory with what it writes."""
     weights = []
@@ -237,6 +239,7 @@ def test_inputs_that_are_the_target_itself_are_one_batch_among_others():
     assert torch.allclose(weights[1], weights[2], atol=1e-6)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", ["inference", "needs gradients", "negative", "a parameter"])
 def test_a_batch_of_another_kind_takes_the_same_step(kind):
     weights = []

@@ -237,6 +237,7 @@ def lines_of(monkeypatch):
     return drawn
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("where", ["memory", "file"])
 def test_a_picture_of_training(opt, tmp_path, monkeypatch, where):
     drawn = lines_of(monkeypatch)
@@ -258,6 +259,7 @@ def test_a_picture_of_training(opt, tmp_path, monkeypatch, where):
     assert [len(line.get_xdata()) for line in panels["|feedback part of du|"].lines] == [0, 2, 2], "y_0 is 0"
 
 
+@pytest.mark.thorough
 def test_the_example_of_the_documentation(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")

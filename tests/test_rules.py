@@ -683,6 +683,7 @@ def case(layer: Layer):
     return pytest.param(layer, id=layer.name, marks=marks)
 
 
+@pytest.mark.cases(7)
 @pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")  # torch's, for want of a rule
 @pytest.mark.parametrize("layer", [case(layer) for layer in LAYERS])
 def test_rules_equal_autograd(layer):

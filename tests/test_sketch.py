@@ -180,12 +180,14 @@ METRICS = {
 }
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_step_is_the_oracles(metric, settings, served):
     compare("cnn", SETTINGS[settings], served, preconditioner=METRICS[metric])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "name", ["attention", "attention-pooled", "segmenter", "cnn-groupnorm", "tied-embedding", "looped", "bare"]
 )
@@ -194,6 +196,7 @@ def test_of_other_models(metric, name, served):
     compare(name, SETTINGS["default"], served, preconditioner=METRICS[metric])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_sums_are_the_oracles(metric, settings, summed):
@@ -201,22 +204,26 @@ def test_sums_are_the_oracles(metric, settings, summed):
     assert summed["fc.weight"]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("metric", ["factored", "eigen-factored, parts"])
 def test_biases_of_dense_layers_are_the_oracles(metric, settings, summed):
     compare("mlp-tanh", SETTINGS[settings], summed, sums=True, preconditioner=METRICS[metric], steps=3)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("metric", ["identity", "eigen-factored"])
 def test_sums_of_parts(metric, summed):
     compare("cnn", Settings(lr=0.05), summed, sums=True, preconditioner=METRICS[metric], parts=2, batch=6)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("metric", ["identity", "eigen-factored"])
 def test_of_parts(metric, served):
     compare("cnn", Settings(lr=0.05), served, preconditioner=METRICS[metric], parts=2, batch=6)
 
 
+@pytest.mark.thorough
 def test_compiled(served):
     compare("cnn", Settings(lr=0.05), served, preconditioner=METRICS["eigen-factored"], backend="inductor", steps=4)
 
@@ -265,6 +272,7 @@ def operators(opt):
     return {name: names.count(name) for name in names}
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_without_a_metric_wide_convolutions_have_no_columns(dtype, served):
     torch.manual_seed(0)
@@ -314,6 +322,7 @@ class Columns:
         return 0
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("shape", [(9, 7), (3, 11), (11, 3), (5, 2, 2, 2)])
 def test_k_is_right_in_the_mean(shape):
     columns = torch.randn(5, 1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -421,6 +430,7 @@ def sketched(net):
     return found[0]
 
 
+@pytest.mark.thorough
 def test_the_eigen_factored_metric_sketches_weights_with_positions():
     net, opt = trained(preconditioner="eigen-factored")
     assert opt.sketch == 16
@@ -453,6 +463,7 @@ def dense_step(*sizes, batch=64, bias=True, **options):
     return net, opt
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("preconditioner", ["identity", "factored", "eigen-factored"])
 def test_wide_dense_layers_are_summed(preconditioner):
     net, _ = dense_step(784, 32, 512, 5, batch=256, preconditioner=preconditioner, sketch=16)
@@ -506,6 +517,7 @@ def test_a_bias_is_one_more_input_of_its_layer():
     assert not torch.equal(weights(net), weights(exact))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("rank", [1, None])
 def test_without_a_metric_a_bias_has_no_gram_of_its_own_beside_sums(rank):
     """With K exact the two share the Gram of the cotangents; that of their sums, the weight's, serves both too."""
@@ -523,6 +535,7 @@ def test_without_a_metric_a_bias_has_no_gram_of_its_own_beside_sums(rank):
     assert found[0] < found[1]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("why", ["group", "tied", "pass"])
 def test_a_bias_has_its_own_gram_where_it_is_not_its_layers(why):
     """In a parameter group of its own, in two layers, or where no Gram of cotangents is formed: as without sketches."""
@@ -585,6 +598,7 @@ def test_the_step_says_that_it_was_skipped_where_a_batch_is_not_finite():
     assert torch.equal(weights(net), before)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("preconditioner", ["identity", "eigen-factored"])
 def test_a_training_goes_on_with_the_same_signs(preconditioner):
     options = {"preconditioner": preconditioner, "sketch": 4}
@@ -614,6 +628,7 @@ def test_no_random_state_is_touched():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("preconditioner", ["identity", "factored", "eigen-factored"])
 def test_it_trains_as_the_exact_one(preconditioner):
     lr = {"identity": 1.0}.get(preconditioner, 0.01)

@@ -79,6 +79,7 @@ def assert_same(weights, others):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", optional())
 def test_without_a_pass_the_update_is_the_same_and_the_graph_is_not(name, whole):
     net, weights = train([name])
@@ -94,6 +95,7 @@ def test_without_a_pass_the_update_is_the_same_and_the_graph_is_not(name, whole)
         assert len(operators(net)) > len(operators(whole[0]))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", optional())
 def test_the_same_in_another_mode(name, other_whole):
     net, weights = train([name], **OTHER)

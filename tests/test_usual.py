@@ -51,6 +51,7 @@ def goes_by_halves(opt):
 # -- the step is train_step's ------------------------------------------------------------------------
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -82,6 +83,7 @@ def test_the_step_is_that_of_train_step(options):
 UNKNOWN = ("mlp-huber", "mlp-log-cosh", "mlp-soft", "attention-ignore")
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", [c.name for c in cases() if c.name not in UNKNOWN])
 def test_on_every_model_of_the_oracle(name):
     example = case(name)
@@ -95,6 +97,7 @@ def test_on_every_model_of_the_oracle(name):
             equal(one, other, 1e-7)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batch_norms_are_updated_once(backend):
     layers = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)]
@@ -226,6 +229,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_whose_target_follows_from_the_gradient(name):
     loss, make = LOSSES[name]
@@ -250,6 +254,7 @@ ENDS = {
 }
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ENDS)
 def test_an_output_that_the_loss_is_rewritten_without(name):
     """The loss of probabilities is that of logits: the step does not need the output, but the user does."""
@@ -270,6 +275,7 @@ def test_a_loss_with_a_curvature_given():
     both_ways(one, other, loss, lambda g: torch.poisson(torch.rand(8, 4, generator=g) * 4).double(), curvature=1.0)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dim", [1, 2])
 def test_classes_in_either_place(dim):
     """Of positions (B, C, P) as images have them, and (B, P, C) as language has."""
@@ -316,6 +322,7 @@ class WithLoss(nn.Module):
         return {"logits": logits, "loss": loss} if self.beside else loss
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("beside", ["", "logits", "cache"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_model_that_returns_its_loss(beside, backend):
@@ -346,6 +353,7 @@ def test_a_model_that_returns_its_loss(beside, backend):
 # -- what the loop may do around it --------------------------------------------------------------------
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_under_autocast(scaled):
     nets = [net_of().float(), net_of().float()]

@@ -17,6 +17,7 @@ def cases(quick):
         yield pytest.param(name, id=name, marks=[] if name in quick else [pytest.mark.slow])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", list(cases(QUICK)))
 def test_exported_python_runs_alone_bit_for_bit(name, tmp_path):
     net = stepped(name)

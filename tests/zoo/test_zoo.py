@@ -31,6 +31,7 @@ def cases():
                 yield pytest.param(name, check, id=f"{name}-{check}", marks=marks)
 
 
+@pytest.mark.cases(60)
 @pytest.mark.parametrize(("name", "check"), list(cases()))
 def test_family(name, check):
     CHECKS[check](bench(name))
