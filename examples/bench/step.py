@@ -13,8 +13,8 @@ in torch's allocations during one step, beside the weights, the optimizer's stat
     python examples/bench/step.py --models mlp --depth 8 --width 256
     python examples/bench/step.py --models all --device cuda --mode reduce-overhead
 
-`--methods` are of: default, sketch, nonlinear, rank2, full, diagonal, factored, eigen-factored, kronecker,
-eigen-kronecker, eigen-factored-exact (without sketches), groups, cg, eigen-factored-cg, open, usual-loop and
+`--methods` are of: default, sketch, sketch32, nonlinear, rank2, full (nonlinear-sketch and full-sketch with sketch=16),
+diagonal, factored, eigen-factored, kronecker, eigen-kronecker, eigen-factored-exact (without sketches), groups, cg, eigen-factored-cg, open, usual-loop and
 eigen-factored-usual-loop (`loss.backward(); opt.step()` where the others call `train_step`), sgd (the usual loop),
 adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as Markdown.
 """
@@ -48,9 +48,12 @@ TURNED: dict[str, Any] = {"preconditioner": "eigen-factored"}  # with its own av
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "sketch": {"sketch": 16},
+    "sketch32": {"sketch": 32},
     "nonlinear": {"rollout": "nonlinear"},
+    "nonlinear-sketch": {"rollout": "nonlinear", "sketch": 16},
     "rank2": {"rank": 2},
     "full": {"rank": None},
+    "full-sketch": {"rank": None, "sketch": 16},
     "diagonal": {"preconditioner": "diagonal"},
     "factored": {"preconditioner": "factored"},
     "eigen-factored": TURNED,
