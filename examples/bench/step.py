@@ -14,9 +14,10 @@ in torch's allocations during one step, beside the weights, the optimizer's stat
     python examples/bench/step.py --models all --device cuda --mode reduce-overhead
 
 `--methods` are of: default, sketch, sketch32, nonlinear, rank2, full (nonlinear-sketch and full-sketch with sketch=16),
-diagonal, factored, eigen-factored, kronecker, eigen-kronecker, eigen-factored-exact (without sketches), groups, cg, eigen-factored-cg, open, usual-loop and
-eigen-factored-usual-loop (`loss.backward(); opt.step()` where the others call `train_step`), sgd (the usual loop),
-adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON and the table as Markdown.
+diagonal, factored, eigen-factored, kronecker, eigen-kronecker, eigen-factored-exact (without sketches), groups, cg,
+eigen-factored-cg, open, usual-loop and eigen-factored-usual-loop (`loss.backward(); opt.step()` where the others call
+`train_step`), sgd (the usual loop), adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON
+and the table as Markdown.
 """
 
 from __future__ import annotations
