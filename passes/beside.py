@@ -39,7 +39,8 @@ def biases(
 ) -> dict[str, str]:
     """The weights of a stage whose K is a product of two Grams, and the biases that come with them.
 
-    In the identity the two share the Gram of h as it is, but where that is one of sums, of the weight alone.
+    In the identity the two share the Gram of h, where it is exact. One of sums is the weight's alone, and there a bias
+    comes with its weight as it does in a metric.
 
     Args:
         chain: the chain.

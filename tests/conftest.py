@@ -40,14 +40,14 @@ def pytest_collection_modifyitems(items):
 
 
 def _spread(items):
-    """Of the cases of a test that is marked ``cases(n)``, n spread evenly stay; the others are ``thorough``.
+    """Of the quick cases of a test that is marked ``cases(n)``, n spread evenly stay; the others are ``thorough``.
 
     A test takes some five seconds of the default run, with all its cases.
     """
     tests = {}
     for item in items:
         mark = item.get_closest_marker("cases")
-        if mark is not None:
+        if mark is not None and not item.get_closest_marker("slow"):  # those are not in the default run anyway
             tests.setdefault((item.path, item.originalname), (*mark.args, []))[1].append(item)
     for count, cases in tests.values():
         kept = {round((len(cases) - 1) * i / max(1, count - 1)) for i in range(count)}

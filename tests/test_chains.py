@@ -92,13 +92,11 @@ def run(net: Net, data: st.DataObject, ways: dict) -> None:
         harness._NETS.pop((case.name, torch.float64, None), None)
 
 
-@pytest.mark.thorough
 @given(nets(), st.data())
 def test_random_nets_equal_oracle(net, data):
     run(net, data, WAYS)
 
 
-@pytest.mark.thorough
 @given(nets(sizes=(4, 10)), st.data())
 def test_random_nets_in_nonlinear_rollouts_equal_oracle(net, data):
     run(net, data, NONLINEAR)

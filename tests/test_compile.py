@@ -205,7 +205,6 @@ def test_aot_eager_is_bit_equal_to_eager(model, mode):
             assert torch.equal(found[1][kind][name], want), name
 
 
-@pytest.mark.thorough
 @matrix(("cnn", "nonlinear"))
 def test_inductor_equals_the_oracle(model, mode):
     compare(case(model), MODES[mode], backend="inductor", dtype=torch.float32, tolerance=1e-4)

@@ -75,7 +75,7 @@ def train(rank, options, loop, backend):
     return found
 
 
-@pytest.mark.thorough
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("options", "loop", "backend"),
     [
