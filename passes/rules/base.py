@@ -360,7 +360,9 @@ def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks, own: Tensor | None
         if r == 1:
             return gram_x * gram_h
         count = blocks.count
-        return (gram_h.view(count, g, r, g, r) * gram_x.view(count, g, 1, g, 1)).reshape(count, g * r, g * r)
+        # As long as the rows of h's: an index that is divided by r for each entry of K keeps its kernel from vectors.
+        repeated = worked_out(gram_x[..., None].expand(count, g, g, r).reshape(count, g, 1, g * r))
+        return (gram_h.view(count, g, r, g * r) * repeated).reshape(count, g * r, g * r)
     if prefer_grams(p, i, o, g, r):
         flat_x = blocks.split(x).flatten(1, 2)
         flat_h = blocks.columns_of(h).flatten(1, 2)
