@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddpn_fx import control, preconditioners
+    from ddpn_fx.entry import compile
     from ddpn_fx.explanation import explain
     from ddpn_fx.feedback_matrices import policies
     from ddpn_fx.inspect import export
     from ddpn_fx.memory import keep_freed_memory
-    from ddpn_fx.module import compile
     from ddpn_fx.optimizer import DDPNOpt
     from ddpn_fx.passes.errors import CaptureError, LossError, StagingError
     from ddpn_fx.recorder import Recorder
@@ -33,7 +33,7 @@ __all__ = [
 
 # torch is imported with the first of these names, so that the command line's help is quick.
 _HOMES = {
-    "compile": "ddpn_fx.module",
+    "compile": "ddpn_fx.entry",
     "DDPNOpt": "ddpn_fx.optimizer",
     "explain": "ddpn_fx.explanation",
     "export": "ddpn_fx.inspect",

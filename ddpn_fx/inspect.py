@@ -20,9 +20,9 @@ from ddpn_fx.optimizer import DDPNOpt
 from ddpn_fx.origins import complete
 from ddpn_fx.passes.capture import borrowed
 from ddpn_fx.passes.ir import Chain, Kind
-from ddpn_fx.passes.lower import parts
 from ddpn_fx.passes.objective import placeholder_values
 from ddpn_fx.passes.reached import Reached, reached
+from ddpn_fx.passes.separate import separate
 from ddpn_fx.replay import replay
 
 _log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def graphs_with_inputs(
         suffix = "" if number == 0 else f"_{number + 1}"
         flat = lowered.sample(*named)
         params, buffers, batch, vector, state = lowered.signature.unflatten(flat, lowered.program)
-        for name, pair in parts(lowered.program, params, buffers, batch, vector, state).items():
+        for name, pair in separate(lowered.program, params, buffers, batch, vector, state).items():
             found[name + suffix] = pair
         if lowered.module is not None:
             found["step" + suffix] = (lowered.module, flat)

@@ -1,4 +1,4 @@
-"""``ddpn_fx.compile``: the wrapper module that a user trains through.
+"""Module: what ``ddpn_fx.compile`` returns, the wrapper that a user trains through.
 
 The wrapper is the user's module in all that others see: same parameters, buffers and names, same
 ``state_dict``, hooks, attributes and methods forwarded, copies and pickles. Capture is lazy: the first
@@ -20,19 +20,16 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from ddpn_fx import journal
 from ddpn_fx.batch import autocast, check_batch, finite, same_structure, split_inputs, structure
 from ddpn_fx.calls import call, calls_wrapper, followed, signed
 from ddpn_fx.passes.capture import borrowed
-from ddpn_fx.passes.catalogue import switched_off
 from ddpn_fx.passes.errors import CaptureError
 from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.ir import Chain
 from ddpn_fx.passes.objective import Objective
 from ddpn_fx.passes.pipeline import build_chain
-from ddpn_fx.sources import as_module
 
 _PREFIXES = ("_orig_mod.", "module.")
 _OWN = ("_original", "_options", "_chains", "_lowered", "_forward", "_volatile", "_followers", "_plain", "_in_ddp")
@@ -43,117 +40,8 @@ REGISTRIES = frozenset(nn.Module().__dict__)
 _MARKS = frozenset({"_is_torch_compile"})  # that torch.compile leaves on a module
 
 
-def compile(
-    model: nn.Module | ExportedProgram,
-    *,
-    loss: Callable[..., Tensor] | None = None,
-    example_inputs: Any = None,
-    backend: str | Callable[..., Any] = "inductor",
-    mode: str | None = None,
-    dynamic: bool | None = None,
-    disable: bool = False,
-    passes: Mapping[str, bool] | None = None,
-    **compile_kwargs: Any,
-) -> CompiledModule:
-    """Wrap a module so that :class:`~ddpn_fx.DDPNOpt` can train it as an optimal-control problem.
-
-    Args:
-        model: any ``nn.Module`` (also an ``fx.GraphModule`` or a traced ``ScriptModule``), or a
-            ``torch.export.ExportedProgram``; it is wrapped, not copied.
-        loss: a callable ``(output, target) -> scalar tensor``; None: the module returns its loss.
-        example_inputs: inputs to capture with now (a tensor, a tuple or a dict of keywords, the batch
-            as dimension 0), so that ``net.chain`` exists at once. Default: capture with the first batch.
-        backend: any that ``torch.compile`` takes; ``"eager"`` runs the generated graphs as they are.
-        mode: as ``torch.compile``'s.
-        dynamic: as ``torch.compile``'s, for the module's own forward pass. Training steps are
-            compiled once per batch shape.
-        disable: compile and trace nothing: steps run as ordinary eager code, for debugging. The
-            generated graphs of a step do not exist then.
-        passes: optional passes to switch off by name, such as ``{"fuse": False}``: the step's result stays, its graph
-            or speed does not. ``ddpn_fx passes`` on the command line lists them.
-        **compile_kwargs: further arguments of ``torch.compile``, such as ``options``. ``fullgraph`` is for the
-            module's own forward pass; a training step always is one graph.
-
-    Returns:
-        An ``nn.Module`` with the same outputs, parameters and ``state_dict`` keys.
-
-    Raises:
-        TypeError: ``model`` is not a module, ``loss`` not callable, ``passes`` no mapping of names to bools, or an
-            argument unknown to ``torch.compile``.
-        ValueError: a backend, mode or option that ``torch.compile`` does not know, a loss with trainable
-            parameters of its own, a lazy module that has seen no batch, an exported program with its batch size written
-            into it, or ``passes`` with an unknown name or a pass that nothing works without.
-
-    Equivalent to ``torch.compile(model)`` where no ``DDPNOpt`` is made.
-    """
-    if isinstance(model, CompiledModule):
-        raise TypeError("ddpn_fx.compile: the module is already compiled by ddpn_fx; pass the original module")
-    model = as_module(model)
-    lazy = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if nn.parameter.is_lazy(t)]
-    if lazy:
-        raise ValueError(
-            f"ddpn_fx.compile: {lazy[0]!r} of {type(model).__name__} has no shape yet (a lazy module); "
-            "call the model on a batch first, model(x)"
-        )
-    if loss is not None and not callable(loss):
-        raise TypeError(
-            "ddpn_fx.compile: loss must be a callable (output, target) -> scalar, "
-            f"not {type(loss).__name__}; for instance loss=torch.nn.functional.cross_entropy"
-        )
-    if isinstance(loss, nn.Module):
-        own = [n for n, p in loss.named_parameters() if p.requires_grad]
-        if own:
-            raise ValueError(
-                f"ddpn_fx.compile: loss={type(loss).__name__} has trainable parameters of its own ({', '.join(own)}), "
-                "which would never be trained; move them into the model, or freeze them with loss.requires_grad_(False)"
-            )
-    off = switched_off("ddpn_fx.compile", passes)
-    if not disable:
-        _check_torch_options(backend, mode, compile_kwargs)
-    options = {
-        "loss": loss,
-        "backend": None if disable else backend,
-        "mode": mode,
-        "dynamic": dynamic,
-        "off": off,
-        "compile_kwargs": compile_kwargs,
-    }
-    net = CompiledModule(model, options)
-    if example_inputs is not None:
-        net.capture(example_inputs)
-    return net
-
-
-def _check_torch_options(backend: Any, mode: Any, compile_kwargs: Mapping[str, Any]) -> None:
-    """Let ``torch.compile`` judge its options now instead of at the first batch."""
-    known = set(inspect.signature(torch.compile).parameters) - {"model", "disable", "backend", "mode", "dynamic"}
-    for name in compile_kwargs:
-        if name not in known:
-            raise TypeError(
-                f"ddpn_fx.compile: {name}= is no argument of ddpn_fx.compile nor of torch.compile, "
-                f"which takes {', '.join(sorted(known))}"
-            )
-    if isinstance(backend, str) and backend not in torch._dynamo.list_backends(exclude_tags=()):
-        raise ValueError(
-            f"ddpn_fx.compile: backend={backend!r} is not known to torch.compile; "
-            f"choose one of {torch._dynamo.list_backends()}, or 'eager'"
-        )
-    if backend == "inductor" and (mode is not None or compile_kwargs.get("options")):
-        try:
-            torch.compile(_identity, backend=backend, mode=mode, options=compile_kwargs.get("options"))
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"ddpn_fx.compile: torch.compile refuses mode={mode!r}, "
-                f"options={compile_kwargs.get('options')!r}: {error}"
-            ) from None
-
-
-def _identity(x: Any) -> Any:
-    return x
-
-
 class CompiledModule(nn.Module):
-    """What :func:`compile` returns; not made directly."""
+    """What :func:`ddpn_fx.compile` returns; not made directly."""
 
     _volatile: frozenset[tuple[int, str]]
 
