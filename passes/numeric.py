@@ -49,6 +49,14 @@ def worked_out(t: Tensor) -> Tensor:
     return torch.as_strided(t, t.shape, t.stride())  # a view of which Inductor asks for the memory
 
 
+def correction(decay: float | Tensor, step: Tensor) -> Tensor:
+    """``1 - decay^step``, 0-d: what is in a moving average that began at 0, after so many batches.
+
+    Worked out once: a compiler would take the power anew wherever it reads the average, for every few elements.
+    """
+    return worked_out(1 - decay**step)
+
+
 def rounding(*dtypes: torch.dtype) -> float:
     """How far values that should agree may lie apart, relative to the largest.
 

@@ -17,6 +17,7 @@ from ddpn_fx.passes.frame import Frame, with_decay
 from ddpn_fx.passes.metric import Metric, Site
 from ddpn_fx.passes.mode import SQUARES, Hyper, Mode, state_key
 from ddpn_fx.passes.moments import lags, ratio, renewed
+from ddpn_fx.passes.numeric import correction
 
 
 class Update:
@@ -88,7 +89,7 @@ class Update:
             self.new_state[key] = direction = beta1 * self._state[key] + (1 - beta1) * at_hand
             if mode.nesterov:
                 direction, step = beta1 * direction + (1 - beta1) * at_hand, step + 1
-            direction = direction / (1 - beta1**step)
+            direction = direction / correction(beta1, step)
         if metric is not None:
             direction = metric.solve(direction).to(direction.dtype)
         if not mode.average and mode.momentum[g]:

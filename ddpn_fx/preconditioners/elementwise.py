@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
-from ddpn_fx.passes.numeric import whole, worked_out
+from ddpn_fx.passes.numeric import correction, whole, worked_out
 from ddpn_fx.preconditioners.base import Base, Elementwise
 
 
@@ -133,7 +133,7 @@ class Factored(Base):
 
 def _corrected(p: Diagonal | Factored, average: Tensor, step: Tensor) -> Tensor:
     """A moving average of as many batches, corrected for its start."""
-    return average / (1 - p.decay**step) if p.bias_correction else average
+    return average / correction(p.decay, step) if p.bias_correction else average
 
 
 @dataclass(frozen=True)

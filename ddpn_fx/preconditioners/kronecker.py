@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpn_fx.passes.metric import Map, Metric, Moment, Site
-from ddpn_fx.passes.numeric import whole
+from ddpn_fx.passes.numeric import correction, whole
 from ddpn_fx.passes.turned import Turned, turn_both
 from ddpn_fx.preconditioners.base import Base, Elementwise
 from ddpn_fx.preconditioners.bases import eigenbases
@@ -61,13 +61,13 @@ class Kronecker(Base):
     def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
         """Factors with the batch at hand in them."""
         new = _averaged(moment, state, self.decay, self.max_size)
-        correction = 1 - self.decay**moment.step
+        present = correction(self.decay, moment.step)
         if "F" in new:
-            factor = new["F"] / correction
+            factor = new["F"] / present
             if not _is_full(moment.site, self.max_size):
                 return Elementwise(factor + self.damping), new
             return _Dense(_root(factor + self.damping * _eye(factor)), moment.site.shape), new
-        g, a = new["G"] / correction, new["A"] / correction
+        g, a = new["G"] / present, new["A"] / present
         diagonal = _diagonal_sides(moment.site, self.max_size)
         mean_g, mean_a = (_mean_eigenvalue(t, full=not d) for t, d in zip((g, a), diagonal, strict=True))
         tiny = torch.finfo(g.dtype).tiny
@@ -128,15 +128,15 @@ class EigenKronecker(Base):
     def metric(self, moment: Moment, state: Mapping[str, Tensor]) -> tuple[Metric, dict[str, Tensor]]:
         """Second moments of the samples' d in the present bases."""
         new = _averaged(moment, state, self.decay, self.max_size)
-        correction = 1 - self.decay**moment.step
+        present = correction(self.decay, moment.step)
         if "F" in new and "UF" not in state:
-            return Elementwise(new["F"] / correction + self.damping), new
+            return Elementwise(new["F"] / present + self.damping), new
         bases = {k: state[k] for k in ("UG", "UA", "UF") if k in state}
         rotation = _Rotation(bases, moment.site)
 
         def scale(square: Tensor) -> Tensor:
             new["s"] = state["s"] * self.decay + (1 - self.decay) * square
-            return new["s"] / correction + self.damping
+            return new["s"] / present + self.damping
 
         if "UF" in bases:
             return _Rotated(rotation, scale((rotation.into(moment.samples) ** 2).mean(0))), new
