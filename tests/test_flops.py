@@ -245,13 +245,16 @@ def test_eigen_factored_of_dense_layers_turns_inputs_and_cotangents_alone(batch,
 
 
 def sketched(p: Product, batch: int, size: int, contractions: int = 1, columns: bool = False) -> int:
-    """FLOPs of a layer whose K is from a sketch, if it has several positions: no side is as short as the sketch."""
+    """FLOPs of a layer whose K is from a sketch, if it has several positions: no side is as short as the sketch.
+
+    Of columns, where they are formed for the directions, else of inputs and cotangents.
+    """
     if p.positions == 1:
         return p.work(batch, 1, 1, contractions=contractions)
     one = p.inputs * p.outputs
     whole = batch * p.positions * one
-    total = whole * (1 if p.first else 2) + batch * p.positions * size * (p.inputs + p.outputs + size)
-    total += batch**2 * size**2
+    thinned = one + p.outputs * size if columns else p.positions * (p.inputs + p.outputs + size)
+    total = whole * (1 if p.first else 2) + batch * size * thinned + batch**2 * size**2
     return 2 * (total + (whole + contractions * batch * one if columns else contractions * whole))
 
 

@@ -89,8 +89,8 @@ class Linear(Rule):
         return math.prod(self.cotangent.shape[1:-1]) // self.batch if self._is_weight(argument) else 0
 
     def thinned(self, argument: fx.Node, right: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Of the weight, whether or not its columns are formed: they take no less."""
-        if not self._is_weight(argument):
+        """Of the weight, but where columns are at hand: these take about as little, and need no x and h until then."""
+        if argument in self._dense or not self._is_weight(argument):
             return None
         return (self.x if right is None else self.x.to(right.dtype) @ right), self.h
 
