@@ -16,6 +16,7 @@ import ddpn_fx
 from ddpn_fx.passes import sketch
 from ddpn_fx.passes.rules import Blocks
 from ddpn_fx.passes.rules.base import gram_matrix, product_gram
+from ddpn_fx.passes.rules.linear import Linear
 from ddpn_fx.passes.signs import Signs
 from ddpn_fx.passes.sketch import Sketch
 from ddpn_fx.preconditioners import EigenFactored, Factored
@@ -293,6 +294,27 @@ def test_without_a_metric_wide_convolutions_have_no_columns(dtype, served):
     assert not any("weight_columns" in name for name in operators(opt))
     exact = operators(one_step(wide, 0, dtype)[1])
     assert exact["ddpn_fx.conv2d_weight_columns.default"] == 2
+
+
+@pytest.mark.parametrize("lagged", [False, True])
+def test_columns_at_hand_serve_a_dense_layers_sketch(lagged, monkeypatch):
+    """Inputs and cotangents are then free before the metric is known; a lagged step forms no columns."""
+    asked, own = [], Linear.thinned
+
+    def thinned(self, argument, right):
+        found = own(self, argument, right)
+        asked.append((argument in self._dense, found is None))
+        return found
+
+    monkeypatch.setattr(Linear, "thinned", thinned)
+    model = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 24), nn.Flatten(), nn.Linear(24 * 32, 3))
+    net = ddpn_fx.compile(model, loss=F.cross_entropy, backend="eager")
+    opt = ddpn_fx.DDPNOpt(net, preconditioner="eigen-factored", sketch=8)
+    for _ in range(1 + lagged):
+        asked.clear()
+        opt.train_step(torch.randn(16, 32, 24), torch.randint(3, (16,)))
+    assert asked
+    assert set(asked) == {(not lagged, not lagged)}
 
 
 def test_columns_stay_where_a_sketch_is_no_less(served):
