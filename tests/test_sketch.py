@@ -296,6 +296,7 @@ def test_without_a_metric_wide_convolutions_have_no_columns(dtype, served):
     assert exact["ddpn_fx.conv2d_weight_columns.default"] == 2
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("lagged", [False, True])
 def test_columns_at_hand_serve_a_dense_layers_sketch(lagged, monkeypatch):
     """Inputs and cotangents are then free before the metric is known; a lagged step forms no columns."""
