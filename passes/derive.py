@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import (
@@ -311,6 +312,20 @@ class TwinGamma(Gamma):
     def lookups(self, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
         """Index and h of one use that looks its argument up, where they are the cheaper way to K."""
         return self._run(("lookups", blocks), lambda: self._traced.lookups(blocks))
+
+    def sketch_work(self, rows: int, columns: int) -> tuple[int, int] | None:
+        """Multiply-adds of one sample's sketch, and of its columns."""
+        return self._traced.sketch_work(rows, columns)
+
+    def sketched(self, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``left^T G right`` of every column: (B, R, s_1, s_0)."""
+        sides = {"left": left, "right": right}
+        given = {side: t for side, t in sides.items() if t is not None}
+
+        def function(*found: Tensor) -> Tensor:
+            return self._traced.sketched(**{**sides, **dict(zip(given, found, strict=True))}, dtype=dtype)
+
+        return self._run(("sketched", *given, dtype), function, *given.values())
 
     def products(self) -> tuple[Tensor, Tensor] | None:
         """x and h of the one use, in groups."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.alike import GRAM, lane
@@ -21,7 +22,7 @@ from ddpn_fx.passes.ir import Chain, ParamUse, Stage
 from ddpn_fx.passes.linearize import Env, Parameters, rules
 from ddpn_fx.passes.numeric import accumulate_dtype, summed, working_dtype
 from ddpn_fx.passes.rules import Blocks, Rule
-from ddpn_fx.passes.rules.base import along, gram_matrix, product_gram
+from ddpn_fx.passes.rules.base import along, gram_matrix, product_gram, sketch_of_columns
 from ddpn_fx.passes.rules.embedding import lookup_gram
 
 Map = Callable[[Tensor], Tensor]
@@ -126,6 +127,24 @@ class Gamma:
             return None
         return entry.rule.lookups(entry.argument, blocks)
 
+    def sketch_work(self, rows: int, columns: int) -> tuple[int, int] | None:
+        """As :meth:`ddpn_fx.passes.rules.Rule.sketch_work`, over the uses; None where one is made of columns."""
+        found = [
+            e.rule.sketch_work(e.argument, rows, columns) if e.argument.op == "placeholder" else None
+            for e in self.entries
+        ]
+        known = [work for work in found if work is not None]
+        if len(known) < len(found) or not enabled("ghost-grams"):
+            return None
+        sketch, formed = (sum(work) for work in zip(*known, strict=True))
+        return sketch, formed
+
+    def sketched(self, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """As :meth:`ddpn_fx.passes.rules.Rule.sketched`, summed over the uses: a sketch is linear in the columns."""
+        if not enabled("ghost-grams"):
+            return sketch_of_columns(self.columns().to(dtype), left, right)
+        return summed(self._entry_sketched(e, left, right, dtype) for e in self.entries)
+
     def products(self) -> tuple[Tensor, Tensor] | None:
         """As :meth:`ddpn_fx.passes.rules.Rule.products`, of the one use."""
         (entry,) = self.entries
@@ -155,6 +174,11 @@ class Gamma:
             return part
         part = part.to(self.parameters[entry.argument].dtype)
         return self.parameters.pull(entry.argument, part, columns=True)[self.name]
+
+    def _entry_sketched(self, entry: Entry, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if entry.argument.op == "placeholder":
+            return entry.rule.sketched(entry.argument, left, right, dtype)
+        return sketch_of_columns(self._entry_columns(entry).to(dtype), left, right)
 
     def _entry_contract(self, entry: Entry, omega: Tensor) -> Tensor:
         if enabled("kept-gradients"):

@@ -46,7 +46,7 @@ from ddpn_fx.passes.alike import GRAM, SIDE, lane
 from ddpn_fx.passes.frame import Frame
 from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.rules import Blocks
-from ddpn_fx.passes.rules.base import gram_matrix, prefer_grams, product_gram
+from ddpn_fx.passes.rules.base import gram_matrix, prefer_grams, product_gram, times
 from ddpn_fx.passes.signs import Signs, neighbours
 
 _SUMS = 7  # sums over s that are left of a side, at least: fewer, and CNNs with a dense layer end lower (docs/notes.md)
@@ -91,9 +91,9 @@ class Sketch:
             frame: the parameter's, where it has one.
         """
         shape = parameter.shape
-        if len(shape) < 2 or parameter.is_complex() or gamma.lookups(blocks) is not None:
+        if len(shape) < 2 or parameter.is_complex():
             return False
-        p = gamma.positions_of()
+        p, table = gamma.positions_of(), gamma.lookups(blocks)
         if p == 1 and (len(shape) > 2 or gamma.factors(blocks) is None):
             return False
         (o, i), r, n = (shape[0], math.prod(shape[1:])), blocks.columns, blocks.size
@@ -110,6 +110,14 @@ class Sketch:
         if p > 1:
             turned, thin = min(turned, p * (i * for_x + r * o * for_h)), min(thin, p * (i * si + r * o * so))
         once = 2 * o * i * (for_x + for_h)  # the directions of the metric and of the step are turned by themselves
+        uses = None if p else gamma.sketch_work(so, si)
+        if uses is not None:
+            thin, formed = uses
+            turned += formed
+        if table is not None:  # whose directions are turned by themselves in any case
+            looked_up = table[0].shape[1]
+            turned, once = looked_up * r * i * for_x, 0
+            grams = blocks.count * (blocks.group * looked_up * r) ** 2 * (i + 1)
         return blocks.batch * thin + few + once < blocks.batch * turned + grams
 
     def gram(
@@ -142,12 +150,10 @@ class Sketch:
         thinned = gamma.thinned(right) if gamma.positions_of() else None
         if thinned is not None:
             x, h = (t.to(self.dtype) for t in thinned)
-            h = _times(h, left)
+            h = times(h, left)
             with lane(GRAM, gamma.name):
                 return product_gram(x, h, blocks)
-        found = gamma.columns().to(self.dtype)
-        found = found.reshape(*found.shape[:2], *shape[:2], -1).mT.flatten(-2)
-        found = _times(_times(found, right).mT, left)
+        found = gamma.sketched(left, right, self.dtype)
         with lane(GRAM, gamma.name):
             return gram_matrix(blocks.matrix(found))
 
@@ -203,11 +209,6 @@ class Sketch:
             if basis is None:
                 return signs
             return (basis @ signs.reshape(*basis.shape[:2], -1)).flatten(0, 1)
-
-
-def _times(t: Tensor, side: Tensor | None) -> Tensor:
-    """(..., n) times (n, s), as one product."""
-    return t if side is None else (t.reshape(-1, t.shape[-1]) @ side).reshape(*t.shape[:-1], -1)
 
 
 def _part(basis: Tensor | None) -> int:

@@ -267,6 +267,35 @@ def test_a_sketch_costs_by_its_size(name, batch):
     assert got == pytest.approx(sum(sketched(p, batch, 8) for p in layers), rel=TOLERANCE)
 
 
+class Words(nn.Module):
+    """A table of 200 rows, a dense layer at 16 positions, and a head whose weight may be the table."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.table, self.mid, self.head = nn.Embedding(200, 24), nn.Linear(24, 24), nn.Linear(24, 200, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.mid(self.table(x)))).flatten(0, 1)
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("batch", [16, 64])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_costs_its_cotangents_times_the_sketchs_size(tied, batch):
+    """Its rows of signs are looked up. Of a tied table the sketches of both uses are added before their Gram."""
+    torch.manual_seed(0)
+    net = ddpn_fx.compile(Words(tied=tied), loss=lambda o, t: F.cross_entropy(o, t.flatten()), backend="eager")
+    opt, size = ddpn_fx.DDPNOpt(net, sketch=8), 8
+    x, y = torch.randint(200, (2, batch, 16))
+    opt.train_step(x, y)
+    layers = sum(sketched(Product(24, outputs, 16), batch, size) for outputs in (24, 200))
+    table = 16 * batch * (24 * size + size**2) + (0 if tied else batch**2 * size**2)
+    want = layers + 2 * table
+    assert flops(lambda: opt.train_step(x, y)) == pytest.approx(want, rel=TOLERANCE)
+
+
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("batch", [16, 64])
 @pytest.mark.parametrize("lagged", [False, True])

@@ -660,8 +660,16 @@ def close(got: Tensor, want: Tensor, what: str) -> None:
     assert gap <= TOLERANCE * scale, f"{what}: off by {gap:.3g} of {scale:.3g}"
 
 
+def sketch_of(columns: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """left^T G right of dense columns (B, R, O, C, *S), the inputs of G in the order S, C: (B, R, s_1, s_0)."""
+    columns = columns.reshape(*columns.shape[:4], -1)
+    o, c, inner = columns.shape[2:]
+    left, right = (torch.eye(n, dtype=torch.float64) if t is None else t for n, t in ((o, left), (inner * c, right)))
+    return torch.einsum("brocs,oj,sck->brkj", columns, left, right.unflatten(0, (inner, c)))
+
+
 def check(use, rule: Rule, reference: dict, batch: int, columns: int) -> None:
-    """gram, contract, inner and dense of one rule, before and after it has its columns at hand."""
+    """contract, inner, sketched, gram and dense of one rule, before and after it has its columns at hand."""
     for argument in use.arguments:
         want = reference[use.node, argument]
         what = f"{type(rule).__name__} of {use.node.target}, {argument.name}, B={batch}, R={columns}"
@@ -670,12 +678,22 @@ def check(use, rule: Rule, reference: dict, batch: int, columns: int) -> None:
         contracted = torch.tensordot(omega, want, 2)
         close(rule.contract(argument, omega), contracted, f"contract, {what}")
         close(rule.inner(argument, direction), (want * direction).reshape(batch, columns, -1).sum(2), f"inner, {what}")
+        pairs: list = []
+        if want.dim() > 3:
+            left, right = (torch.randn(n, 2, dtype=torch.float64) for n in (want.shape[2], want[0, 0, 0].numel()))
+            pairs = [(left, right), (None, right), (left, None)]
+        for left, right in pairs:
+            found = rule.sketched(argument, left, right, torch.float64)
+            close(found, sketch_of(want, left, right), f"sketched, {what}")
         for group in {batch, *(g for g in GROUPS if g <= batch)}:
             close(
                 rule.gram(argument, Blocks(batch, columns, group)), blocks_of(want, group), f"gram in {group}s, {what}"
             )
         close(rule.dense(argument), want, f"dense, {what}")
         close(rule.contract(argument, omega), contracted, f"contract after dense, {what}")
+        for left, right in pairs:
+            found = rule.sketched(argument, left, right, torch.float64)
+            close(found, sketch_of(want, left, right), f"sketched after dense, {what}")
 
 
 def case(layer: Layer):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddpn_fx
 from ddpn_fx.passes import sketch
 from ddpn_fx.passes.rules import Blocks
-from ddpn_fx.passes.rules.base import gram_matrix, product_gram
+from ddpn_fx.passes.rules.base import gram_matrix, product_gram, sketch_of_columns
 from ddpn_fx.passes.rules.linear import Linear
 from ddpn_fx.passes.signs import Signs
 from ddpn_fx.passes.sketch import Sketch
@@ -35,7 +35,7 @@ def served(monkeypatch):
     found = {}
 
     def serves(self, gamma, parameter, blocks, frame):
-        found[gamma.name] = parameter.dim() > 1 and gamma.lookups(blocks) is None and gamma.positions_of() != 1
+        found[gamma.name] = parameter.dim() > 1 and gamma.positions_of() != 1
         return found[gamma.name]
 
     monkeypatch.setattr(Sketch, "serves", serves)
@@ -338,8 +338,8 @@ class Columns:
     def __init__(self, columns):
         self._columns = columns
 
-    def columns(self):
-        return self._columns
+    def sketched(self, left, right, dtype):
+        return sketch_of_columns(self._columns.to(dtype), left, right)
 
     def positions_of(self):
         return 0
@@ -605,6 +605,43 @@ def test_sums_are_right_in_the_mean():
     grams = torch.stack([t @ t.T for t in found])
     error = (grams.mean(0) - exact) / (grams.std(0) / count**0.5)
     assert error.abs().max() < 4.5  # standard errors, of 36 entries
+
+
+SCATTER, EQUAL = torch.ops.aten.scatter_add.default, torch.ops.aten.eq.Tensor  # into columns; of any two positions
+
+
+class Words(nn.Module):
+    """Tokens (P,) -> logits (P, 400) by a table, which is the head's weight as well where it is tied."""
+
+    def __init__(self, *, tied):
+        super().__init__()
+        self.table, self.mid, self.head = nn.Embedding(400, 24), nn.Linear(24, 24), nn.Linear(24, 400, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.mid(self.table(x))))
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", [{"sketch": 8}, {"preconditioner": "eigen-factored"}], ids=["identity", "bases"])
+def test_a_table_has_neither_columns_nor_products_of_all_positions(tied, options):
+    x, y = torch.randint(400, (2, 16, 16), generator=torch.Generator().manual_seed(0))
+    sizes = {SCATTER: 16 * 400 * 24, EQUAL: (16 * 16) ** 2}
+    for given in (options, options | {"sketch": 0}):
+        torch.manual_seed(0)
+        net = ddpn_fx.compile(Words(tied=tied), loss=_of_positions, backend="eager")
+        opt = ddpn_fx.DDPNOpt(net, **given)
+        opt.train_step(x, y)
+        assert ("table.weight" in sketched(net)) == (given is options)
+        nodes = next(iter(opt._programs.values())).module.graph.nodes
+        found = {n.target for n in nodes if n.target in sizes and n.meta["val"].numel() == sizes[n.target]}
+        assert found == (set() if given is options else {SCATTER if tied else EQUAL})
+
+
+def _of_positions(logits, target):
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
 def test_a_sketch_that_is_no_less_work_is_not_taken():

@@ -187,6 +187,21 @@ class Rule:
         """Indices (B, P) and h (B, R, P, O) where x is an index; None where columns are the cheaper way to K."""
         return None
 
+    def sketch_work(self, argument: fx.Node, rows: int, columns: int) -> tuple[int, int] | None:
+        """Multiply-adds of one sample's :meth:`sketched` and of its columns; None where it is made of these."""
+        return None
+
+    def sketched(self, argument: fx.Node, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``left^T G right`` of every column G as a matrix: (B, R, s_1, s_0).
+
+        Args:
+            argument: of two dimensions or more.
+            left: (O, s_0); None: the identity.
+            right: (I, s_1), I in the order S, C (kernel before channels); None: the identity.
+            dtype: of the result.
+        """
+        return sketch_of_columns(self.dense(argument).to(dtype), left, right)
+
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """K = Gamma^T Gamma in blocks: (G, n, n)."""
         return gram_matrix(blocks.matrix(self._formed(argument)))
@@ -371,6 +386,17 @@ def product_gram(x: Tensor, h: Tensor | None, blocks: Blocks, own: Tensor | None
         gram_h = gram_matrix(flat_h).view(count, g, r, p, g, r, p)
         return (gram_x * gram_h).sum((3, 6)).reshape(count, g * r, g * r)
     return gram_matrix(blocks.matrix(torch.einsum("brpo,bpi->broi", h, x)))
+
+
+def sketch_of_columns(columns: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """:meth:`Rule.sketched` from the columns, (B, R, O, C, *S)."""
+    matrices = columns.reshape(*columns.shape[:4], -1).mT.flatten(-2)
+    return times(times(matrices, right).mT, left)
+
+
+def times(t: Tensor, side: Tensor | None) -> Tensor:
+    """(..., n) times (n, s), as one product; None: the identity."""
+    return t if side is None else (t.reshape(-1, t.shape[-1]) @ side).reshape(*t.shape[:-1], -1)
 
 
 def prefer_grams(p: int, i: int, o: int, g: int, r: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.numeric import accumulate_dtype
-from ddpn_fx.passes.rules.base import Blocks, Rule, batch_first, positions, second_moment
+from ddpn_fx.passes.rules.base import Blocks, Rule, batch_first, positions, second_moment, times
 
 
 class Embedding(Rule):
@@ -66,6 +66,17 @@ class Embedding(Rule):
         if (g * p) ** 2 * r * r * (o + 1) > self.batch * r * vocabulary * o * (g * r + 1):
             return None
         return self.indices, self.h
+
+    def sketch_work(self, argument: fx.Node, rows: int, columns: int) -> tuple[int, int] | None:
+        """The rows of ``left`` are looked up as the table's are."""
+        _, r, p, o = self.h.shape
+        return p * r * (o * columns + rows * columns), r * self.values[argument].numel()
+
+    def sketched(self, argument: fx.Node, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``sum_p (h_p right) (x) left[index_p]``: no table is made."""
+        if left is None:
+            return super().sketched(argument, left, right, dtype)
+        return torch.einsum("bpo,brpi->brio", left[self.indices], times(self.h.to(dtype), right))
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """From equal indices, or from the columns."""

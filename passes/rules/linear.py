@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.numeric import accumulate_dtype, real
-from ddpn_fx.passes.rules.base import Blocks, Rule, gram_matrix, positions, prefer_grams, product_gram, second_moment
+from ddpn_fx.passes.rules.base import (
+    Blocks,
+    Rule,
+    gram_matrix,
+    positions,
+    prefer_grams,
+    product_gram,
+    second_moment,
+    times,
+)
 
 
 class Linear(Rule):
@@ -93,6 +102,19 @@ class Linear(Rule):
         if argument in self._dense or not self._is_weight(argument):
             return None
         return (self.x if right is None else self.x.to(right.dtype) @ right), self.h
+
+    def sketch_work(self, argument: fx.Node, rows: int, columns: int) -> tuple[int, int] | None:
+        """Of the weight: inputs and cotangents are thinned, then multiplied."""
+        if not self._is_weight(argument):
+            return None
+        (_, r, p, o), i = self.h.shape, self.x.shape[-1]
+        return p * (i * columns + r * o * rows + r * rows * columns), p * r * o * i
+
+    def sketched(self, argument: fx.Node, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Of the weight, without columns: ``sum_p (x_p right) (x) (h_p left)``."""
+        if argument in self._dense or not self._is_weight(argument):
+            return super().sketched(argument, left, right, dtype)
+        return torch.einsum("bpi,brpo->brio", times(self.x.to(dtype), right), times(self.h.to(dtype), left))
 
     def form(self, argument: fx.Node, blocks: Blocks, sketch: int | None = None) -> None:
         """The weight's, where they are kept."""
