@@ -79,11 +79,11 @@ class DDPNOpt(Optimizer):
             direction. One of the two must be set. None: the metric's own, True in ``"eigen-factored"`` with a beta1 and
             False in the others.
         tikhonov: eps_V of Alg. 3, added to V_xx on what the columns of a sample span.
-        sketch: K of a weight with several positions a sample from so many random combinations of its rows and of its
-            columns, and of one with a single position from 7 times as many sums of its rows and of its columns, where
-            that is less work (:mod:`ddpn_fx.passes.sketch`); more where s^2 is less than a block has samples. Right in
-            the mean, as what the statistics say of it then is; a training goes as with the exact one (with the identity
-            from 32 on). The bias of a dense layer then has its K with the weight's, without a metric where that one is
+        sketch: K of a weight with several positions a sample, of a table and of a tied weight from so many random
+            combinations of its rows and of its columns, and of one with a single position from 7 times as many sums of
+            its rows and of its columns, where that is less work (:mod:`ddpn_fx.passes.sketch`); more where s^2 is less
+            than a block has samples. Right in the mean, as what the statistics say of it then is; a training goes as
+            with the exact one (with the identity from 32 on). The bias of a dense layer then has its K with the weight's, without a metric where that one is
             of sums (:mod:`ddpn_fx.passes.beside`). 0: exact. None: the metric's own, 16 in ``"eigen-factored"`` and 0
             in the others. For the identity and the factored metrics.
         accumulate: how many parts the batch of a step comes in, one after another, so that memory is for one at a time:

@@ -3,8 +3,8 @@
 ``Gamma_t[k]`` is the gradient of ``<S_i[:,c], x_T^i>`` with respect to the control (DESIGN 2.2). A
 parameter may be used by several operators (tied weights), each with its rule, and reach an
 operator through a parameter-only expression (a transpose, a weight norm). Here these are one linear
-map with four faces: ``gram``, ``contract``, ``inner`` and ``columns``. It is never formed where the
-rules avoid it: with one use, through elements that are only moved.
+map with five faces: ``gram``, ``sketched``, ``contract``, ``inner`` and ``columns``. It is never formed where the
+rules avoid it: for a sketch, and with one use, through elements that are only moved.
 """
 
 from __future__ import annotations

@@ -24,6 +24,12 @@ A weight with one position a sample needs no columns: its K is a product of two 
 a side has 14 s elements or more, S sums them in groups of neighbours, with signs +-1: ``E[S S^T] = I`` again, and as
 sums take next to nothing there can be 7 s of them. Of a frame the neighbours are of one part of its basis.
 
+Nor does a table need columns, or a weight that several operators use, as a language model's table that is its head too.
+A sketch is linear in the column, so those of the uses add up. Of what is looked up in a table, which has
+``G = sum_p e_(index_p) (x) h_p``, it is ``sum_p S_0[index_p] (x) (S_1^T h_p)``: the rows of S_0 are looked up as the
+table's are. The exact K of a table compares every two positions of a block; of a table with another use, it takes the
+table's size for every sample.
+
 The signs are others in every step, the same on every machine and after a resumption
 (:mod:`ddpn_fx.passes.signs`). Where there are more than sixteen weights some have the same ones: what their parts of K
 are wrong by is as little alike as their columns.

@@ -245,12 +245,25 @@ def sequences():
     return nn.Sequential(*layers, Mean(1), nn.Linear(6, 2)), (9, 6)
 
 
+class Lookup(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+
+    def forward(self, x):
+        return torch.tanh(x + self.table((x[..., 0] > 0).long()))
+
+
+def tables():
+    return nn.Sequential(*(Lookup() for _ in range(5)), Mean(1), nn.Linear(6, 2)), (9, 6)
+
+
 SKETCHES = {"identity": {"sketch": 2}, "eigen-factored": {"preconditioner": "eigen-factored", "sketch": 2}}
 
 
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("mode", SKETCHES)
-@pytest.mark.parametrize("make", [convolutions, sequences])
+@pytest.mark.parametrize("make", [convolutions, sequences, tables])
 def test_a_shared_derivation_with_sketches_too(make, mode, monkeypatch):
     torch.manual_seed(0)
     model, shape = make()

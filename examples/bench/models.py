@@ -89,15 +89,26 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (B, P) -> logits (B, P, vocabulary)."""
+    """Tokens (B, P) -> logits (B, P, vocabulary); ``tied``: by the table of the tokens."""
 
-    def __init__(self, layers: int = 6, width: int = 128, heads: int = 4, positions: int = 64, vocabulary: int = 96):
+    def __init__(
+        self,
+        layers: int = 6,
+        width: int = 128,
+        heads: int = 4,
+        positions: int = 64,
+        vocabulary: int = 96,
+        *,
+        tied: bool = False,
+    ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(positions, width))
         nn.init.normal_(self.token.weight, std=0.02)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=not tied)
+        if tied:
+            self.head.weight = self.token.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the token after each."""
@@ -167,6 +178,10 @@ class Problem:
     batch: int
 
 
+def _tokens(vocabulary: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    return lambda batch: (torch.randint(vocabulary, (batch, 64)), torch.randint(vocabulary, (batch, 64)))
+
+
 def _images(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     return lambda batch: (torch.randn(batch, *shape), torch.randint(10, (batch,)))
 
@@ -176,7 +191,9 @@ def problems(*, width: int = 512, depth: int = 4) -> dict[str, Problem]:
     return {
         "mlp": Problem(lambda: relu_network(784, *[width] * depth, 10), F.cross_entropy, _images(784), 128),
         "cnn": Problem(paper_cnn, F.cross_entropy, _images(3, 32, 32), 128),
-        "gpt": Problem(GPT, positions, lambda b: (torch.randint(96, (b, 64)), torch.randint(96, (b, 64))), 16),
+        "gpt": Problem(GPT, positions, _tokens(96), 16),
+        "words": Problem(lambda: GPT(2, 64, vocabulary=4096), positions, _tokens(4096), 32),
+        "words-tied": Problem(lambda: GPT(2, 64, vocabulary=4096, tied=True), positions, _tokens(4096), 32),
         "vit": Problem(ViT, F.cross_entropy, _images(3, 32, 32), 32),
         "resnet18-gn": Problem(lambda: ResNet(norm=group_norm), F.cross_entropy, _images(3, 64, 64), 32),
         "resnet18-bn": Problem(ResNet, F.cross_entropy, _images(3, 64, 64), 32),

@@ -6,6 +6,7 @@ the sum over equal indices of the products of their cotangents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar
@@ -69,8 +70,9 @@ class Embedding(Rule):
 
     def sketch_work(self, argument: fx.Node, rows: int, columns: int) -> tuple[int, int] | None:
         """The rows of ``left`` are looked up as the table's are."""
-        _, r, p, o = self.h.shape
-        return p * r * (o * columns + rows * columns), r * self.values[argument].numel()
+        table, r = self.values[argument], self.columns
+        p = math.prod(self.cotangent.shape[1:-1]) // self.batch
+        return p * r * (table.shape[1] + rows) * columns, r * table.numel()
 
     def sketched(self, argument: fx.Node, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``sum_p (h_p right) (x) left[index_p]``: no table is made."""

@@ -107,7 +107,7 @@ class Linear(Rule):
         """Of the weight: inputs and cotangents are thinned, then multiplied."""
         if not self._is_weight(argument):
             return None
-        (_, r, p, o), i = self.h.shape, self.x.shape[-1]
+        (o, i), p, r = self.values[argument].shape, self.positions_of(argument), self.columns
         return p * (i * columns + r * o * rows + r * rows * columns), p * r * o * i
 
     def sketched(self, argument: fx.Node, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
