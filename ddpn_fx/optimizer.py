@@ -83,9 +83,9 @@ class DDPNOpt(Optimizer):
             combinations of its rows and of its columns, and of one with a single position from 7 times as many sums of
             its rows and of its columns, where that is less work (:mod:`ddpn_fx.passes.sketch`); more where s^2 is less
             than a block has samples. Right in the mean, as what the statistics say of it then is; a training goes as
-            with the exact one (with the identity from 32 on). The bias of a dense layer then has its K with the weight's, without a metric where that one is
-            of sums (:mod:`ddpn_fx.passes.beside`). 0: exact. None: the metric's own, 16 in ``"eigen-factored"`` and 0
-            in the others. For the identity and the factored metrics.
+            with the exact one (with the identity from 32 on). The bias of a dense layer then has its K with the
+            weight's, without a metric where that one is of sums (:mod:`ddpn_fx.passes.beside`). 0: exact. None: the
+            metric's own, 16 in ``"eigen-factored"`` and 0 in the others. For the identity and the factored metrics.
         accumulate: how many parts the batch of a step comes in, one after another, so that memory is for one at a time:
             ``train_step`` cuts its batch; the usual loop has so many ``backward()`` before a ``step()``, each of its
             loss divided by this number. A part reacts to what those before it will change

@@ -188,7 +188,7 @@ class Rule:
         return None
 
     def sketch_work(self, argument: fx.Node, rows: int, columns: int) -> tuple[int, int] | None:
-        """Multiply-adds of one sample's :meth:`sketched` and of its columns, from shapes alone; None: it is of these."""
+        """Multiply-adds of one sample's :meth:`sketched` and of its columns, by shapes alone; None: it is of these."""
         return None
 
     def sketched(self, argument: fx.Node, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
