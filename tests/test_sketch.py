@@ -22,7 +22,9 @@ from ddpn_fx.passes.sketch import Sketch
 from ddpn_fx.preconditioners import EigenFactored, Factored
 from tests import oracle
 from tests.harness import close, close_to_scale
-from tests.models import case
+from tests.models import CROSS_ENTROPY, Case, case
+from tests.test_moments import WORDS
+from tests.test_moments import Words as Table
 from tests.test_preconditioners import DENSE, TURNS
 
 Settings = oracle.Settings
@@ -57,11 +59,17 @@ def summed(monkeypatch):
     return found
 
 
+TABLE = Case(
+    *("table", Table, lambda: WORDS, CROSS_ENTROPY),
+    lambda g, batch, _: ((torch.randint(9, (batch, 6), generator=g),), torch.randint(4, (batch,), generator=g)),
+)
+
 # Biases of dense layers with one position, whose K comes with the weight's.
 BESIDE = {
     "cnn": {"fc.bias": "fc.weight"},
     "cnn-groupnorm": {"fc.bias": "fc.weight"},
     "attention-pooled": {"head.bias": "head.weight"},
+    "table": {"last.bias": "last.weight"},
     "looped": {"head.bias": "head.weight", "stem.bias": "stem.weight"},
     "bare": {"head.bias": "head.weight", "fc.bias": "fc.weight"},
     "mlp-tanh": {f"{layer}.bias": f"{layer}.weight" for layer in ("fc1", "fc2", "fc3", "head")},
@@ -105,7 +113,7 @@ def compare(
     batch=4,
     tolerance=1e-8,
 ):
-    model_case = case(name)
+    model_case = TABLE if name == "table" else case(name)
     module = model_case.model()
     inputs, target = model_case.sample(batch)
     net = ddpn_fx.compile(copy.deepcopy(module), loss=model_case.loss.call, backend=backend)
@@ -115,7 +123,7 @@ def compare(
     params, buffers, metric = {n: p.detach().clone() for n, p in module.named_parameters()}, None, None
     if preconditioner is not None:
         metric = DENSE[type(preconditioner)](preconditioner, 0.0 if settings.decoupled else settings.weight_decay)
-        metric.bases, metric.sizes = {}, {}
+        metric.bases, metric.sizes, metric.tables = {}, {}, ("table.weight",)
     bounds = [batch * k // parts for k in range(parts + 1)]
     for step in range(steps):
 
@@ -195,6 +203,14 @@ def test_the_step_is_the_oracles(metric, settings, served):
 @pytest.mark.parametrize("metric", METRICS)
 def test_of_other_models(metric, name, served):
     compare(name, SETTINGS["default"], served, preconditioner=METRICS[metric])
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("settings", ["default", "groups, gain", "full rank, decay, momentum"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_of_a_table(metric, settings, served):
+    compare("table", SETTINGS[settings], served, preconditioner=METRICS[metric])
+    assert served["table.weight"]
 
 
 @pytest.mark.cases(1)

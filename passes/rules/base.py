@@ -175,10 +175,10 @@ class Rule:
         return 0
 
     def thinned(self, argument: fx.Node, right: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """x times ``right`` (B, P, s) and h (B, R, P, O); None where columns are at hand or cheaper.
+        """x times ``right`` (B, P, s) and h (B, R, P, O); None where columns are at hand, cheaper, or the only way.
 
         Args:
-            argument: one with :meth:`positions_of`.
+            argument: of two dimensions or more.
             right: (I, s), I in the order S, C (kernel before channels); None: the identity.
         """
         return None
@@ -200,7 +200,11 @@ class Rule:
             right: (I, s_1), I in the order S, C (kernel before channels); None: the identity.
             dtype: of the result.
         """
-        return sketch_of_columns(self.dense(argument).to(dtype), left, right)
+        thinned = self.thinned(argument, right)
+        if thinned is None:
+            return sketch_of_columns(self.dense(argument).to(dtype), left, right)
+        x, h = (t.to(dtype) for t in thinned)
+        return torch.einsum("bpi,brpo->brio", x, times(h, left))
 
     def gram(self, argument: fx.Node, blocks: Blocks) -> Tensor:
         """K = Gamma^T Gamma in blocks: (G, n, n)."""

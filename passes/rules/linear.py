@@ -17,16 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ddpn_fx.passes.numeric import accumulate_dtype, real
-from ddpn_fx.passes.rules.base import (
-    Blocks,
-    Rule,
-    gram_matrix,
-    positions,
-    prefer_grams,
-    product_gram,
-    second_moment,
-    times,
-)
+from ddpn_fx.passes.rules.base import Blocks, Rule, gram_matrix, positions, prefer_grams, product_gram, second_moment
 
 
 class Linear(Rule):
@@ -109,12 +100,6 @@ class Linear(Rule):
             return None
         (o, i), p, r = self.values[argument].shape, self.positions_of(argument), self.columns
         return p * (i * columns + r * o * rows + r * rows * columns), p * r * o * i
-
-    def sketched(self, argument: fx.Node, left: Tensor | None, right: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Of the weight, without columns: ``sum_p (x_p right) (x) (h_p left)``."""
-        if argument in self._dense or not self._is_weight(argument):
-            return super().sketched(argument, left, right, dtype)
-        return torch.einsum("bpi,brpo->brio", times(self.x.to(dtype), right), times(self.h.to(dtype), left))
 
     def form(self, argument: fx.Node, blocks: Blocks, sketch: int | None = None) -> None:
         """The weight's, where they are kept."""
