@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from ddpn_fx.module import CompiledModule
 from ddpn_fx.passes.catalogue import switched_off
+from ddpn_fx.passes.recompute import CHOICES
 from ddpn_fx.sources import as_module
 
 
@@ -25,6 +26,7 @@ def compile(
     dynamic: bool | None = None,
     disable: bool = False,
     passes: Mapping[str, bool] | None = None,
+    recompute: str | None = None,
     **compile_kwargs: Any,
 ) -> CompiledModule:
     """Wrap a module so that :class:`~ddpn_fx.DDPNOpt` can train it as an optimal-control problem.
@@ -43,6 +45,9 @@ def compile(
             generated graphs of a step do not exist then.
         passes: optional passes to switch off by name, such as ``{"fuse": False}``: the step's result stays, its graph
             or speed does not. ``ddpn_fx passes`` on the command line lists them.
+        recompute: work out again what a training step would hold of its passes before, to spare memory for time:
+            ``"feedback"`` of the forward pass what the feedback pass reads, ``"all"`` whatever a later pass reads, but
+            for states at a few places in the network; None: nothing. The numbers stay (:mod:`ddpn_fx.passes.recompute`).
         **compile_kwargs: further arguments of ``torch.compile``, such as ``options``. ``fullgraph`` is for the
             module's own forward pass; a training step always is one graph.
 
@@ -52,7 +57,7 @@ def compile(
     Raises:
         TypeError: ``model`` is not a module, ``loss`` not callable, ``passes`` no mapping of names to bools, or an
             argument unknown to ``torch.compile``.
-        ValueError: a backend, mode or option that ``torch.compile`` does not know, a loss with trainable
+        ValueError: an unknown ``recompute``, or one with ``disable``; a backend, mode or option that ``torch.compile`` does not know, a loss with trainable
             parameters of its own, a lazy module that has seen no batch, an exported program with its batch size written
             into it, or ``passes`` with an unknown name or a pass that nothing works without.
 
@@ -79,6 +84,7 @@ def compile(
                 f"ddpn_fx.compile: loss={type(loss).__name__} has trainable parameters of its own ({', '.join(own)}), "
                 "which would never be trained; move them into the model, or freeze them with loss.requires_grad_(False)"
             )
+    _check_recompute(recompute, disable=disable)
     off = switched_off("ddpn_fx.compile", passes)
     if not disable:
         _check_torch_options(backend, mode, compile_kwargs)
@@ -87,6 +93,7 @@ def compile(
         "backend": None if disable else backend,
         "mode": mode,
         "dynamic": dynamic,
+        "recompute": recompute,
         "off": off,
         "compile_kwargs": compile_kwargs,
     }
@@ -94,6 +101,21 @@ def compile(
     if example_inputs is not None:
         net.capture(example_inputs)
     return net
+
+
+def _check_recompute(recompute: Any, *, disable: bool) -> None:
+    if recompute is None:
+        return
+    if recompute not in CHOICES:
+        raise ValueError(
+            f"ddpn_fx.compile: recompute={recompute!r} is not known; choose one of {', '.join(map(repr, CHOICES))}, or "
+            "None to hold what later passes of a step read"
+        )
+    if disable:
+        raise ValueError(
+            f"ddpn_fx.compile: recompute={recompute!r} rewrites the graph of a step, and disable=True traces none; "
+            "leave one of them out"
+        )
 
 
 def _check_torch_options(backend: Any, mode: Any, compile_kwargs: Mapping[str, Any]) -> None:

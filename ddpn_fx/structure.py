@@ -78,6 +78,7 @@ def mode_of(opt: DDPNOpt, params: Mapping[str, nn.Parameter]) -> Mode:
         sketch=opt.sketch if opt.feedback else None,
         parts=opt._parts is not None,
         stages=figures,
+        recompute=opt.net._options["recompute"],
         off=off,
     )
 
@@ -95,6 +96,12 @@ def refuse_iterations(opt: DDPNOpt) -> None:
     """
     if opt.cg_iterations is None or not opt.feedback:
         return
+    recompute = opt.net._options["recompute"]
+    if recompute is not None:
+        raise ValueError(
+            f"DDPNOpt: cg_iterations={opt.cg_iterations} reads the values of all stages in every iteration, so that "
+            f"ddpn_fx.compile(recompute={recompute!r}) would spare nothing; leave one of them out"
+        )
     asked = {"coupling='batch'": opt.coupling == "batch", **_folds(opt)}
     missing = [what for what, holds in asked.items() if not holds]
     if missing:

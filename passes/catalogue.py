@@ -60,6 +60,8 @@ CATALOGUE = (
           "the graphs are what it makes; compile(disable=True) runs the step without them"),
     Entry("derive-once", "Derives stages of one structure once and copies the nodes for the others; a large part of "
           "the time to compile."),
+    Entry("recompute", "Has later passes of a step work out again what they read of those before, which then is not "
+          "held.", "it runs where compile(recompute=) asks for it"),
     Entry("fuse", "Rewrites the traced graph: all of the rewrites below."),
     Entry("alike", "Does once, on a stack, what the step does for each of several small parameters of one shape.",
           part_of="fuse"),

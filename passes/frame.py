@@ -24,6 +24,7 @@ from ddpn_fx.passes.alike import TURN, lane
 from ddpn_fx.passes.gamma import Gamma
 from ddpn_fx.passes.metric import Site
 from ddpn_fx.passes.rules import Blocks
+from ddpn_fx.passes.spare import spares
 from ddpn_fx.passes.turned import Turned, turn
 
 
@@ -131,7 +132,7 @@ class FramedGamma(Gamma):
 
     def contract(self, omega: Tensor) -> Tensor:
         """Gamma omega, from what K takes: (O, I); omega: (B, R)."""
-        if self._blocks is None or self._site.one_hot:
+        if self._blocks is None or self._site.one_hot or spares():
             direction = self._gamma.contract(omega)
             self._turned += 1  # a step may turn two, one of which rests on the other
             with lane(f"{TURN} {self._turned}", self.name):

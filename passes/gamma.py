@@ -24,6 +24,7 @@ from ddpn_fx.passes.numeric import accumulate_dtype, summed, working_dtype
 from ddpn_fx.passes.rules import Blocks, Rule
 from ddpn_fx.passes.rules.base import along, gram_matrix, product_gram, sketch_of_columns
 from ddpn_fx.passes.rules.embedding import lookup_gram
+from ddpn_fx.passes.spare import spares
 
 Map = Callable[[Tensor], Tensor]
 
@@ -181,7 +182,7 @@ class Gamma:
         return sketch_of_columns(self._entry_columns(entry).to(dtype), left, right)
 
     def _entry_contract(self, entry: Entry, omega: Tensor) -> Tensor:
-        if enabled("kept-gradients"):
+        if enabled("kept-gradients") and not (spares() and entry.rule.weighs(entry.argument)):
             part = entry.rule.contract(entry.argument, omega)
         else:
             part = Rule.contract(entry.rule, entry.argument, omega)

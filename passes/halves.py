@@ -18,8 +18,7 @@ from torch import Tensor, fx
 
 from ddpn_fx.passes.classify import data_flow
 from ddpn_fx.passes.direct import Direct, direct
-
-aten = torch.ops.aten
+from ddpn_fx.passes.phases import is_view
 
 
 @dataclass
@@ -111,13 +110,11 @@ def _made_again(node: fx.Node) -> bool:
     target = node.target
     if target is operator.getitem:  # one of several views
         return _made_again(node.args[0])  # type: ignore[arg-type]
-    if target is aten._unsafe_view.default:
+    if is_view(node):
         return True
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, torch._ops.OpOverload) or node.all_input_nodes:
         return False
-    if any(a.alias_info is not None for a in target._schema.arguments):
-        return True
-    return not node.all_input_nodes and torch.Tag.nondeterministic_seeded not in target.tags
+    return torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _part(

@@ -25,12 +25,13 @@ from ddpn_fx.passes.catalogue import expanded, log_off
 from ddpn_fx.passes.derive import NotSharedError, Sharing, shared
 from ddpn_fx.passes.direct import direct
 from ddpn_fx.passes.functional import make_functional
-from ddpn_fx.passes.fuse import fuse
+from ddpn_fx.passes.fuse import fuse, share
 from ddpn_fx.passes.guard import random_state
 from ddpn_fx.passes.halves import Halves, halve
 from ddpn_fx.passes.log import PassRecord, log, op_counts, timed
 from ddpn_fx.passes.program import Program
 from ddpn_fx.passes.provenance import KEYS, origin
+from ddpn_fx.passes.recompute import FEEDBACK, recompute
 from ddpn_fx.passes.stacked import Key, apart, together
 
 aten = torch.ops.aten
@@ -51,6 +52,12 @@ class Signature:
         _, _, target = pytree.tree_unflatten(program.is_tensor, captured.spec)
         vector = len(self.params) + len(self.buffers) + self.leaves
         return list(range(vector - sum(pytree.tree_leaves(target)), vector + 1))
+
+    @property
+    def batch(self) -> range:
+        """Positions of the batch's tensors."""
+        first = len(self.params) + len(self.buffers)
+        return range(first, first + self.leaves)
 
     @property
     def lasting(self) -> list[int]:
@@ -193,9 +200,16 @@ def lower(
         module = trace(step, flat)
         record.after = op_counts(module.graph)
         record.counts = dict(module.meta.get("sharing", {}))
+    _write_in_place(module, written)
+    if program.mode.recompute is not None:
+        with timed("recompute", records, module.graph) as record:
+            share(module.graph)
+            record.counts = recompute(module.graph, names.batch, program.mode.recompute)
+            record.after = op_counts(module.graph)
     with timed("fuse", records, module.graph) as record:
-        _write_in_place(module, written)
-        fuse(module, program.mode.off)
+        # Lanes that are joined wait for the last of them, and hold what they read, of which there are no more copies.
+        alone = ("alike",) if program.mode.recompute == FEEDBACK else ()
+        fuse(module, (*program.mode.off, *alone))
         _name_placeholders(module, names)
         cuttable, ends = _drop_outputs(module, program.mode.off)
         record.after = op_counts(module.graph)

@@ -110,6 +110,7 @@ class Mode:
         sketch: the least s of :mod:`ddpn_fx.passes.sketch`, where K is sketched.
         parts: whether the batch comes in parts, and the step is of one (:mod:`ddpn_fx.passes.parts`).
         stages: whether the figures of every stage are computed as well (:mod:`ddpn_fx.passes.figures`).
+        recompute: what is worked out again in place of being held (:mod:`ddpn_fx.passes.recompute`); None: nothing.
         off: names of the optional passes that are switched off (:mod:`ddpn_fx.passes.catalogue`).
     """
 
@@ -133,6 +134,7 @@ class Mode:
     sketch: int | None = None
     parts: bool = False
     stages: bool = False
+    recompute: str | None = None
     off: tuple[str, ...] = ()
 
     @property

@@ -27,6 +27,7 @@ from ddpn_fx.passes.metric import Site, sites
 from ddpn_fx.passes.mode import STATISTICS, Hyper, Mode
 from ddpn_fx.passes.provenance import origin
 from ddpn_fx.passes.simulate import Trajectory, new_buffers, outputs, simulate
+from ddpn_fx.passes.spare import sparing
 from ddpn_fx.passes.update import Directions, Update, kept_or_new
 
 
@@ -83,7 +84,7 @@ class Program:
 
         The latter where several columns are pulled back: attention's fused backward cannot be batched.
         """
-        with without(self.mode.off):
+        with without(self.mode.off), sparing(self.mode.recompute is not None):
             if self.mode.one_column:
                 yield
                 return

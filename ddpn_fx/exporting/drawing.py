@@ -17,6 +17,7 @@ ROLE_COLOURS = {
     "gram": "#cdeccd",
     "solve": "#e2d4f7",
     "rollout": "#c9eef0",
+    "recompute": "#d3e0c8",
     "update": "#ffd0d0",
     "loss": "#fff3b0",
     "figures": "#ecd9c6",

@@ -222,6 +222,10 @@ class Rule:
         With ``sketch``, if they are the cheaper way to two contractions and a sketch of so many columns.
         """
 
+    def weighs(self, argument: fx.Node) -> bool:
+        """Whether columns take more than half of the memory of the cotangents that a contraction else is made of."""
+        return 2 * self.batch * self.columns * self.values[argument].numel() > self.cotangent.numel()
+
     def contract_columns(self, argument: fx.Node, omega: Tensor) -> Tensor:
         """Gamma omega as one product with the columns, for a rule that has formed them or whose are small."""
         columns, value = self._formed(argument), self.values[argument]
