@@ -47,7 +47,8 @@ def compile(
             or speed does not. ``ddpn_fx passes`` on the command line lists them.
         recompute: work out again what a training step would hold of its passes before, to spare memory for time:
             ``"feedback"`` of the forward pass what the feedback pass reads, ``"all"`` whatever a later pass reads, but
-            for states at a few places in the network; None: nothing. The numbers stay (:mod:`ddpn_fx.passes.recompute`).
+            for states at a few places in the network; None: nothing. The numbers stay what they are
+            (:mod:`ddpn_fx.passes.recompute`).
         **compile_kwargs: further arguments of ``torch.compile``, such as ``options``. ``fullgraph`` is for the
             module's own forward pass; a training step always is one graph.
 
@@ -57,9 +58,10 @@ def compile(
     Raises:
         TypeError: ``model`` is not a module, ``loss`` not callable, ``passes`` no mapping of names to bools, or an
             argument unknown to ``torch.compile``.
-        ValueError: an unknown ``recompute``, or one with ``disable``; a backend, mode or option that ``torch.compile`` does not know, a loss with trainable
+        ValueError: a backend, mode or option that ``torch.compile`` does not know, a loss with trainable
             parameters of its own, a lazy module that has seen no batch, an exported program with its batch size written
-            into it, or ``passes`` with an unknown name or a pass that nothing works without.
+            into it, ``passes`` with an unknown name or a pass that nothing works without, or a ``recompute`` that is
+            not known or comes with ``disable``.
 
     Equivalent to ``torch.compile(model)`` where no ``DDPNOpt`` is made.
     """

@@ -30,7 +30,7 @@ from ddpn_fx.passes.log import log
 from ddpn_fx.passes.numeric import worked_out
 from ddpn_fx.passes.provenance import KEYS, labelling, origin
 from ddpn_fx.passes.rewrites.keys import freeze
-from ddpn_fx.passes.rewrites.order import as_late, in_order
+from ddpn_fx.passes.rewrites.order import in_order
 from ddpn_fx.passes.rewrites.writer import Writer
 
 aten = torch.ops.aten
@@ -99,7 +99,6 @@ def join_alike(graph: fx.Graph) -> int:
             if whole is not None:
                 node.replace_all_uses_with(whole)
                 graph.erase_node(node)
-        as_late(graph)
     return dropped
 
 

@@ -145,9 +145,9 @@ class _Plan:
         """Values of the backward pass that are cotangents, or views of them, and can be worked out again."""
         found: set[fx.Node] = set()
         for node in self.readers:
-            if self.phases.of[node] is Phase.BACKWARD and node in self.phases.of_batch and _repeats(node):
-                if node.meta.get("role") == "backward" or (is_view(node) and node.all_input_nodes[0] in found):
-                    found.add(node)
+            pulled = node.meta.get("role") == "backward" or (is_view(node) and node.all_input_nodes[0] in found)
+            if pulled and self.phases.of[node] is Phase.BACKWARD and node in self.phases.of_batch and _repeats(node):
+                found.add(node)
         return found
 
     def _crosses(self, node: fx.Node, user: fx.Node) -> bool:
@@ -210,14 +210,14 @@ class _Copies:
             stack.pop()
             if node in made.copies:
                 continue
-            new = {n: made.copies[n] for n in reads if n in made.copies}
-            if not new:
+            new = {n: made.copies.get(n, n) for n in reads}
+            if made.copies.keys().isdisjoint(reads):
                 first = next(n for n in reads if n in self.plan.phases.of_batch and isinstance(n.meta["val"], Tensor))
-                new = {first: self._after(first, made, reader)}
+                new[first] = self._after(first, made, reader)
             with self.graph.inserting_before(reader):
                 made.copies[node] = self.graph.node_copy(node, lambda n: n)
             copied = made.copies[node]
-            copied.args, copied.kwargs = fx.node.map_arg((args, kwargs), lambda n, new=new: new.get(n, n))
+            copied.args, copied.kwargs = fx.node.map_arg((args, kwargs), new.__getitem__)
             copied.meta = {**node.meta, "role": ROLE}
             self.made += 1
         return made.copies[value]

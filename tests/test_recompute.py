@@ -35,7 +35,7 @@ class Block(nn.Module):
 class Words(nn.Module):
     """A table that is the head too, and blocks."""
 
-    def __init__(self, blocks=3, dropout=0.0):
+    def __init__(self, blocks=2, dropout=0.0):
         super().__init__()
         self.table = nn.Embedding(11, 8)
         self.blocks, self.norm = nn.Sequential(*[Block(dropout=dropout) for _ in range(blocks)]), nn.LayerNorm(8)
@@ -47,7 +47,7 @@ class Words(nn.Module):
 class Images(nn.Module):
     """Convolutions around shortcuts, with a norm."""
 
-    def __init__(self, norm, depth=4):
+    def __init__(self, norm, depth=3):
         super().__init__()
         self.stem, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
         self.bodies = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm(4)) for _ in range(depth)])
@@ -61,7 +61,9 @@ class Images(nn.Module):
 
 def deep(depth=12, width=8):
     """Narrow layers, of which a large batch's activations are all of the memory."""
-    return nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)], nn.Linear(width, 3))
+    return nn.Sequential(
+        *[nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)], nn.Linear(width, 3)
+    )
 
 
 MODELS = {
@@ -78,12 +80,25 @@ OPTIONS = {
     "paper": {"terminal": "gradient", "coupling": "sample", "quu": "preconditioner", "rollout": "nonlinear", "lr": 0.1},
     "sketch": {"sketch": 2},
     "turned": {"preconditioner": "eigen-factored", "weight_decay": 0.1},
-    "exact-turned": {"preconditioner": "eigen-factored", "sketch": 0, "rollout": "nonlinear", "coupling": 2},
+    "exact-turned": {"preconditioner": "eigen-factored", "sketch": 0, "rollout": "nonlinear"},
+    "scaled": {"preconditioner": "factored", "lr": 0.01},
     "parts": {"accumulate": 2, "momentum": 0.9},
 }
 
 
-def trained(model, choice, options, steps=3, backend="eager", usual=False):
+SOON = {  # the others are slow
+    *(("dense", "columns"), ("dense", "parts"), ("dense", "paper"), ("dense", "scaled"), ("groups", "default")),
+    *(("groups", "nonlinear"), ("batch", "default"), ("batch", "open"), ("words", "sketch"), ("words", "nonlinear")),
+}
+EVERY = [
+    pytest.param(model, options, marks=[] if (model, options) in SOON else pytest.mark.slow)
+    for model in MODELS
+    for options in OPTIONS
+    if (model, options) != ("batch", "exact-turned")  # a metric of samples that do not stand alone
+]
+
+
+def trained(model, choice, options, steps=2, backend="eager", usual=False):
     """(Weights and buffers after some steps, the net, the optimizer)."""
     torch.manual_seed(0)
     build, draw = MODELS[model]
@@ -105,23 +120,28 @@ def close(a, b, tolerance=1e-9):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("model", MODELS)
-def test_the_step_is_the_same(model, options, choice):
-    if options == "exact-turned" and model == "batch":
-        pytest.skip("what nonlinear groups do is no function of one sample's statistics")
-    want, _, _ = trained(model, None, OPTIONS[options])
-    have, net, _ = trained(model, choice, OPTIONS[options])
-    close(have, want)
+@pytest.mark.parametrize(("model", "options"), EVERY)
+def test_the_step_is_the_same(model, options):
+    want, _, reference = trained(model, None, OPTIONS[options])
+    for choice in CHOICES:
+        have, net, opt = trained(model, choice, OPTIONS[options])
+        close([opt.stats["loss"]], [reference.stats["loss"]])  # after one step
+        if "turned" not in options:  # over a root of what is 0 but for rounding, that is as large as any change
+            close(have, want)
+        assert choice != "all" or copied(net) > 0
+
+
+def copied(net):
+    """How many operators stand in a net's programs once more."""
     records = [r for lowered in net._lowered.values() for r in lowered.records if r.name == "recompute"]
-    assert any(r.counts["operators copied"] > 0 for r in records)
+    return sum(r.counts["operators copied"] for r in records)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("choice", CHOICES)
 def test_the_usual_loop_is_the_same(choice):
-    want, _, _ = trained("words", None, {}, usual=True, steps=4)
-    have, _, opt = trained("words", choice, {}, usual=True, steps=4)
+    want, _, _ = trained("words", None, {}, usual=True)
+    have, _, _ = trained("words", choice, {}, usual=True)
     close(have, want)
     whole, spared = (handed_over(trained("dense", c, {}, usual=True)[2]) for c in (None, choice))
     assert spared <= whole
@@ -135,7 +155,7 @@ def handed_over(opt):
     return sum(n.meta["val"].nbytes for n in saved)
 
 
-# -- what is held --------------------------------------------------------------------------------------------------------
+# -- what is held ------------------------------------------------------------------------------------------------------
 
 
 def memory(model, batch, choice, *, backend="eager", **options):
@@ -149,28 +169,34 @@ def memory(model, batch, choice, *, backend="eager", **options):
     return peak_bytes(opt.train_step, batch, target)
 
 
-GROUPS = {"coupling": 64}  # for the whole batch's K would be larger than all that
+GROUPS = {"coupling": 1}  # K of larger blocks would be more than all that
 
 
 @pytest.mark.parametrize(
     ("options", "feedback", "everything"),
-    [({}, 1.0, 0.5), ({"rollout": "nonlinear"}, 0.75, 0.4), ({"preconditioner": "eigen-factored"}, 1.0, 0.6)],
+    [
+        ({}, 0.8, 0.55),
+        ({"rollout": "nonlinear"}, 0.9, 0.55),
+        pytest.param({"preconditioner": "eigen-factored"}, 0.6, 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_less_is_held(options, feedback, everything):
     batch = torch.randn(2048, 8)
-    held, less, least = (memory(deep(24), batch, choice, **GROUPS, **options) for choice in (None, *CHOICES))
+    held, less, least = (memory(deep(16), batch, choice, **GROUPS, **options) for choice in (None, *CHOICES))
     assert less <= feedback * held
     assert least <= everything * held
 
 
+@pytest.mark.thorough
 def test_of_several_positions_too():
     """Columns that K was made of are not held for the update: at four positions of eight features they are larger."""
-    words = torch.randint(11, (256, 4))
-    held, less, least = (memory(Words(blocks=8), words, choice, **GROUPS) for choice in (None, *CHOICES))
-    assert less < 0.8 * held
-    assert least < 0.4 * held
+    words, options = torch.randint(11, (256, 4)), GROUPS | {"rollout": "nonlinear"}
+    held, less, least = (memory(Words(blocks=3), words, choice, **options) for choice in (None, *CHOICES))
+    assert less < 0.9 * held
+    assert least < 0.55 * held
 
 
+@pytest.mark.thorough
 def test_what_is_held_grows_as_the_root_of_the_depth():
     batch = torch.randn(2048, 8)
     few, many = (memory(deep(depth), batch, "all", **GROUPS) for depth in (12, 48))
@@ -196,7 +222,7 @@ def test_inductor_takes_the_same_step(choice):
     close(have, want, 1e-7)
 
 
-# -- the graph -----------------------------------------------------------------------------------------------------------
+# -- the graph ---------------------------------------------------------------------------------------------------------
 
 
 def graph_of(choice, model="words", **options):
@@ -219,35 +245,28 @@ def test_later_passes_read_states_and_copies_alone(options):
             if phases.of[n] is Phase.FORWARD and n in phases.of_batch and n.op == "call_function"
             if any(phases.of[u] is not Phase.FORWARD for u in n.users)
         }
-    assert len(counts["all"]) < 0.5 * len(counts[None])
+    assert len(counts["all"]) < 0.6 * len(counts[None])
 
 
 def test_draws_are_not_repeated():
     for choice in (None, *CHOICES):
         graph, _ = graph_of(choice)
-        assert sum(n.target is aten.rand_like.default for n in graph.nodes) == 3
+        assert sum(n.target is aten.rand_like.default for n in graph.nodes) == 2
 
 
 def test_copies_wait():
     """Every copy rests on a flag, and what depends on weights alone is read where it is."""
     graph, batch = graph_of("all")
     waiting: set[fx.Node] = set()
-    inputs = graph.find_nodes(op="placeholder")
     for node in graph.nodes:
-        if node.target is aten.where.self and node.args[1] is node.args[2] and node.meta.get("role") == ROLE:
+        waits = node.target is aten.where.self and node.args[1] is node.args[2] and node.meta.get("role") == ROLE
+        if waits or not waiting.isdisjoint(node.all_input_nodes):
             waiting.add(node)
-        elif not waiting.isdisjoint(node.all_input_nodes):
-            waiting.add(node)
-    copies = [n for n in graph.nodes if n.meta.get("role") == ROLE and n.target not in (aten.select.int, aten.isnan.default)]
-    copies = [n for n in copies if n.meta.get("stage") is not None]
+    copies = [n for n in graph.nodes if n.meta.get("role") == ROLE and "stage" in n.meta]
     assert copies
-    assert all(n in waiting for n in copies)
-    flags = [n for n in graph.nodes if n.target is aten.isnan.default and n.meta.get("role") == ROLE]
-    _, net, _ = trained("words", "all", {}, steps=1)
-    (lowered,) = net._lowered.values()
-    (record,) = (r for r in lowered.records if r.name == "recompute")
-    assert len(flags) <= 2 * record.counts["segments"]
-    assert all(inputs[i].op == "placeholder" for i in batch)
+    assert waiting.issuperset(copies)
+    weights = set(graph.find_nodes(op="placeholder")[: batch.start])
+    assert not any(n.args[1] is n.args[2] and n.args[1] in weights for n in waiting if n.target is aten.where.self)
 
 
 def test_segments_are_the_best_of_all():
@@ -268,7 +287,7 @@ def cost(numbers, inside, between):
     return largest + sum(between[t] for t in cuts)
 
 
-# -- errors --------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("choice", ["everything", True, 3])

@@ -15,9 +15,10 @@ in torch's allocations during one step, beside the weights, the optimizer's stat
 
 `--methods` are of: default, sketch, sketch32, nonlinear, rank2, full (nonlinear-sketch and full-sketch with sketch=16),
 diagonal, factored, eigen-factored, kronecker, eigen-kronecker, eigen-factored-exact (without sketches), groups, cg,
-eigen-factored-cg, open, usual-loop and eigen-factored-usual-loop (`loss.backward(); opt.step()` where the others call
-`train_step`), sgd (the usual loop), adam, muon, soap (of `heavyball`, in the `bench` extra). Writes all figures as JSON
-and the table as Markdown.
+eigen-factored-cg, open, default-all, nonlinear-feedback, nonlinear-all and eigen-factored-all (of
+`ddpn_fx.compile(recompute="all")`, or `"feedback"`), usual-loop and eigen-factored-usual-loop (`loss.backward();
+opt.step()` where the others call `train_step`), sgd (the usual loop), adam, muon, soap (of `heavyball`, in the `bench`
+extra). Writes all figures as JSON and the table as Markdown.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import ddpn_fx
 from ddpn_fx.demo import report
 from ddpn_fx.demo.compare import plain_step
 from ddpn_fx.demo.timing import interleaved, peak_bytes
+from ddpn_fx.passes.recompute import CHOICES
 
 Step = Callable[[Tensor, Tensor], Tensor]
 LR, LR_OF_PEERS = 0.01, 0.001
@@ -65,6 +67,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cg": {"cg_iterations": 5},
     "eigen-factored-cg": TURNED | {"cg_iterations": 5},
     "open": {"feedback": False},
+    "default-all": {},
+    "nonlinear-feedback": {"rollout": "nonlinear"},
+    "nonlinear-all": {"rollout": "nonlinear"},
+    "eigen-factored-all": TURNED,
     "usual-loop": {},
     "eigen-factored-usual-loop": TURNED,
 }
@@ -229,10 +235,12 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [t for kept in optimizer.state.values() for t in torch.utils._pytree.tree_leaves(kept) if torch.is_tensor(t)]
 
 
-def ddpnopt(options: dict[str, Any], problem: Problem, chosen: argparse.Namespace, *, usual: bool) -> Contestant:
+def ddpnopt(
+    options: dict[str, Any], problem: Problem, chosen: argparse.Namespace, *, usual: bool, recompute: str | None
+) -> Contestant:
     """DDPNOpt with these options, by ``train_step`` or in the usual loop."""
     model = problem.build()
-    net = ddpn_fx.compile(model, loss=problem.loss, backend=chosen.backend, mode=chosen.mode)
+    net = ddpn_fx.compile(model, loss=problem.loss, backend=chosen.backend, mode=chosen.mode, recompute=recompute)
     opt = ddpn_fx.DDPNOpt(net, lr=LR, **options)
     step = plain_step(net, opt, loss=problem.loss) if usual else opt.train_step
     return Contestant(step, lambda: [*model.parameters(), *_state(opt)], lambda: graph_flops(opt), turns(opt))
@@ -275,7 +283,8 @@ def run(name: str, problem: Problem, batch: int, chosen: argparse.Namespace) -> 
         else:
             given = {"coupling": chosen.coupling, "cg_iterations": chosen.iterations}
             options = {k: given.get(k, v) for k, v in OPTIONS[method].items()}
-            made = ddpnopt(options, problem, chosen, usual=method.endswith("usual-loop"))
+            recompute = next((choice for choice in CHOICES if method.endswith(f"-{choice}")), None)
+            made = ddpnopt(options, problem, chosen, usual=method.endswith("usual-loop"), recompute=recompute)
         contestants[method] = made
     for contestant in contestants.values():
         started = time.perf_counter()
