@@ -23,6 +23,7 @@ Shapes are those of the graph: nothing here knows a model.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,8 +84,12 @@ class _Plan:
         self._segment = segments(*self._sizes())
         self.count = self._segment[-1] + 1
         self._cotangents = self._pulled()
-        self._kept = {n for n in self._values if self._stays(n)}
-        self._kept |= {n for n in self._cotangents if any(self._crosses(n, u) for u in n.users)}
+        self._kept: set[fx.Node] = set()
+        for node in nodes:
+            stays = node in self._values and self._stays(node)
+            crosses = node in self._cotangents and any(self._crosses(node, u) for u in node.users)
+            if stays or crosses or (node.target is operator.getitem and node.args[0] in self._kept):
+                self._kept.add(node)
 
     def group(self, reader: fx.Node) -> Group:
         """Whose copies a reader reads."""
@@ -136,10 +141,7 @@ class _Plan:
     def _stays(self, node: fx.Node) -> bool:
         """Whether a value is a state between segments, or cannot be worked out again."""
         own = self._segment[self.phases.stage[node]]
-        source = storage(node)
-        if not _repeats(node) or (is_view(node) and source.op == "call_function" and not _repeats(source)):
-            return True
-        return any(self._segment[self.phases.stage[u]] > own for u in self._forward_readers(node))
+        return not _repeats(node) or any(self._segment[self.phases.stage[u]] > own for u in self._forward_readers(node))
 
     def _pulled(self) -> set[fx.Node]:
         """Values of the backward pass that are cotangents, or views of them, and can be worked out again."""

@@ -59,6 +59,23 @@ class Images(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Gated(nn.Module):
+    """Halves of a layer's output, of which one waits for what becomes of the other; and an LSTM's several outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.ups = nn.ModuleList([nn.Linear(8, 16) for _ in range(3)])
+        self.downs = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.memory, self.head = nn.LSTM(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        for up, down in zip(self.ups, self.downs, strict=True):
+            a, b = up(x).chunk(2, -1)
+            x = x + down(torch.tanh(a)) * torch.sigmoid(b)
+        _, (h, c) = self.memory(x.unflatten(1, (4, 2)))
+        return self.head(h[0] + c[0])
+
+
 def deep(depth=12, width=8):
     """Narrow layers, of which a large batch's activations are all of the memory."""
     return nn.Sequential(
@@ -68,6 +85,7 @@ def deep(depth=12, width=8):
 
 MODELS = {
     "dense": (lambda: deep(6), lambda: torch.randn(10, 8).double()),
+    "gated": (Gated, lambda: torch.randn(6, 8).double()),
     "words": (lambda: Words(dropout=0.3), lambda: torch.randint(11, (6, 5))),
     "groups": (lambda: Images(lambda c: nn.GroupNorm(2, c)), lambda: torch.randn(5, 2, 4, 4).double()),
     "batch": (lambda: Images(nn.BatchNorm2d), lambda: torch.randn(5, 2, 4, 4).double()),
@@ -88,7 +106,14 @@ OPTIONS = {
 
 SOON = {  # the others are slow
     *(("dense", "columns"), ("dense", "parts"), ("dense", "paper"), ("dense", "scaled"), ("groups", "default")),
-    *(("groups", "nonlinear"), ("batch", "default"), ("batch", "open"), ("words", "sketch"), ("words", "nonlinear")),
+    *(
+        ("gated", "default"),
+        ("groups", "nonlinear"),
+        ("batch", "default"),
+        ("batch", "open"),
+        ("words", "sketch"),
+        ("words", "nonlinear"),
+    ),
 }
 EVERY = [
     pytest.param(model, options, marks=[] if (model, options) in SOON else pytest.mark.slow)
