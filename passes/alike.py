@@ -213,7 +213,7 @@ def _join(graph: fx.Graph, lanes: Sequence[_Lane]) -> bool:
             traced = make_fx(torch.vmap(run, in_dims=axes))(*(n.meta["val"] for n in inputs))
         if traced.graph.find_nodes(op="get_attr"):
             raise RuntimeError("it makes a constant")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         log.debug("alike: %s stay by themselves: %s", label, error)
         return False
     with graph.inserting_before(write.before):
@@ -235,6 +235,8 @@ def _applied(node: fx.Node, args: Any, kwargs: Any) -> Any:
         if _layout(node) != _layout(node.all_input_nodes[0]):
             raise RuntimeError("as_strided to another layout")
         return worked_out(args[0])
+    if node.target is aten.view.default:
+        return args[0].reshape(args[1])
     operator: Any = node.target
     return operator(*args, **kwargs)
 

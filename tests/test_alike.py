@@ -319,3 +319,21 @@ def test_lanes_of_other_layouts_or_numbers_stay():
     module = graph_of(function, x, y, z)
     assert lanes_of(module) == 0
     torch.testing.assert_close(module(x, y, z), function(x, y, z))
+
+
+def test_views_of_what_is_not_stacked_as_it_lay():
+    """Per-sample gradients of convolutions lie with their kernel first; of their stack a view is none."""
+    torch.manual_seed(0)
+    bodies = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU()) for _ in range(3)]
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *bodies, nn.Flatten(), nn.Linear(64, 3)).double()
+    x, y = torch.randn(5, 2, 4, 4, dtype=torch.float64), torch.randint(3, (5,))
+    found = []
+    for passes in ({}, {"alike": False}):
+        own = copy.deepcopy(model)
+        net = ddpn_fx.compile(own, loss=F.cross_entropy, backend="eager", passes=passes)
+        opt = ddpn_fx.DDPNOpt(net, preconditioner="factored")
+        for _ in range(2):
+            opt.train_step(x, y)
+        found.append(list(own.parameters()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
