@@ -23,6 +23,14 @@ def mutates(graph: fx.Graph) -> bool:
     return any(_writes(n) for n in graph.nodes)
 
 
+def pure(node: fx.Node) -> bool:
+    """Whether an operator run again gives the same, and does nothing else."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return getattr(target, "__module__", "") == "_operator"
+
+
 def _writes(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return False

@@ -18,17 +18,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx
 
 from ddpn_fx.passes.alike import join_alike
 from ddpn_fx.passes.catalogue import expanded
-from ddpn_fx.passes.functional import mutates
+from ddpn_fx.passes.functional import mutates, pure
 from ddpn_fx.passes.horizontal import on_gpu, side_by_side
 from ddpn_fx.passes.rewrites.keys import freeze
 from ddpn_fx.passes.views import fold_views
-
-_IMPURE = (torch.Tag.nondeterministic_seeded,)
 
 
 def fuse(module: fx.GraphModule, off: Iterable[str] = ()) -> fx.GraphModule:
@@ -57,7 +54,7 @@ def share(graph: fx.Graph) -> int:
     seen: dict[Any, fx.Node] = {}
     dropped = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or not _pure(node):
+        if node.op != "call_function" or not pure(node):
             continue
         key = (node.target, freeze(node.args), freeze(node.kwargs))
         first = seen.setdefault(key, node)
@@ -66,10 +63,3 @@ def share(graph: fx.Graph) -> int:
             graph.erase_node(node)
             dropped += 1
     return dropped
-
-
-def _pure(node: fx.Node) -> bool:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return not target._schema.is_mutable and not any(t in target.tags for t in _IMPURE)
-    return getattr(target, "__module__", "") == "_operator"

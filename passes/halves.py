@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ddpn_fx.passes.classify import data_flow
 from ddpn_fx.passes.direct import Direct, direct
-from ddpn_fx.passes.phases import is_view
+from ddpn_fx.passes.storage import is_view
 
 
 @dataclass

@@ -203,7 +203,8 @@ def lower(
     _write_in_place(module, written)
     if program.mode.recompute is not None:
         with timed("recompute", records, module.graph) as record:
-            share(module.graph)
+            if "share" not in expanded(program.mode.off):
+                share(module.graph)
             record.counts = recompute(module.graph, names.batch, program.mode.recompute)
             record.after = op_counts(module.graph)
     with timed("fuse", records, module.graph) as record:

@@ -6,14 +6,10 @@ is of the forward pass, wherever it stands; what does is of the backward pass, u
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 from enum import IntEnum
 
-import torch
-from torch import Tensor, fx
-
-aten = torch.ops.aten
+from torch import fx
 
 
 class Phase(IntEnum):
@@ -78,27 +74,3 @@ class Phases:
         # Through batch statistics the solved omega is pulled back once more.
         reacts = role in ("update", "rollout") or (role == "backward" and node in self._solved)
         return Phase.FEEDBACK if reacts else least
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether an operator gives a view of its first input, or one of several values of it."""
-    target = node.target
-    if target in (operator.getitem, aten._unsafe_view.default):
-        return True
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    return any(a.alias_info is not None for a in target._schema.arguments)
-
-
-def storage(node: fx.Node) -> fx.Node:
-    """The node that made the memory which a node's value lies in."""
-    while node.op == "call_function" and is_view(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def size(node: fx.Node) -> int:
-    """Bytes of a node's value, or of all of its several values."""
-    values = node.meta.get("val")
-    several = values if isinstance(values, (list, tuple)) else [values]
-    return sum(v.numel() * v.element_size() for v in several if isinstance(v, Tensor))

@@ -31,9 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ddpn_fx.passes.phases import Phase, Phases, is_view, size, storage
+from ddpn_fx.passes.functional import pure
+from ddpn_fx.passes.phases import Phase, Phases
 from ddpn_fx.passes.rewrites.writer import Writer
 from ddpn_fx.passes.segments import segments
+from ddpn_fx.passes.storage import is_view, size, storage
 
 aten = torch.ops.aten
 
@@ -46,7 +48,7 @@ def recompute(graph: fx.Graph, batch: Collection[int], choice: str) -> dict[str,
     """Have later passes work out again what they read, in place.
 
     Args:
-        graph: a step's functional graph, with the labels of its trace and without common subexpressions.
+        graph: a step's functional graph, with the labels of its trace; best without common subexpressions.
         batch: positions of the batch among its inputs.
         choice: of :data:`CHOICES`.
 
@@ -130,25 +132,21 @@ class _Plan:
 
     def _forward_readers(self, node: fx.Node) -> Iterable[fx.Node]:
         """Those of the forward pass, and of the loss, which the last segment's is followed by."""
-        of_loss = Phase.BACKWARD
-        return (
-            u
-            for u in node.users
-            if u in self.phases.stage
-            and (self.phases.of[u] is Phase.FORWARD or (self.phases.of[u] is of_loss and u.meta.get("role") == "loss"))
-        )
+        phases = self.phases
+        users = (u for u in node.users if u in phases.stage)
+        return (u for u in users if phases.of[u] is Phase.FORWARD or u.meta.get("role") == "loss")
 
     def _stays(self, node: fx.Node) -> bool:
         """Whether a value is a state between segments, or cannot be worked out again."""
         own = self._segment[self.phases.stage[node]]
-        return not _repeats(node) or any(self._segment[self.phases.stage[u]] > own for u in self._forward_readers(node))
+        return not pure(node) or any(self._segment[self.phases.stage[u]] > own for u in self._forward_readers(node))
 
     def _pulled(self) -> set[fx.Node]:
         """Values of the backward pass that are cotangents, or views of them, and can be worked out again."""
         found: set[fx.Node] = set()
         for node in self.readers:
             pulled = node.meta.get("role") == "backward" or (is_view(node) and node.all_input_nodes[0] in found)
-            if pulled and self.phases.of[node] is Phase.BACKWARD and node in self.phases.of_batch and _repeats(node):
+            if pulled and self.phases.of[node] is Phase.BACKWARD and node in self.phases.of_batch and pure(node):
                 found.add(node)
         return found
 
@@ -216,10 +214,9 @@ class _Copies:
             if made.copies.keys().isdisjoint(reads):
                 first = next(n for n in reads if n in self.plan.phases.of_batch and isinstance(n.meta["val"], Tensor))
                 new[first] = self._after(first, made, reader)
+            args, kwargs = fx.node.map_arg((args, kwargs), new.__getitem__)
             with self.graph.inserting_before(reader):
-                made.copies[node] = self.graph.node_copy(node, lambda n: n)
-            copied = made.copies[node]
-            copied.args, copied.kwargs = fx.node.map_arg((args, kwargs), new.__getitem__)
+                copied = made.copies[node] = self.graph.create_node(node.op, node.target, args, kwargs)
             copied.meta = {**node.meta, "role": ROLE}
             self.made += 1
         return made.copies[value]
@@ -238,7 +235,7 @@ class _Copies:
 def _ends(nodes: Collection[fx.Node]) -> list[fx.Node]:
     """Those of the nodes, of one group so far, on which no other of them rests."""
     own = set(nodes)
-    return [n for n in nodes if _repeats(n) and _numbers(n.meta.get("val")) and own.isdisjoint(n.users)]
+    return [n for n in nodes if pure(n) and _numbers(n.meta.get("val")) and own.isdisjoint(n.users)]
 
 
 def _numbers(value: Any) -> bool:
@@ -255,11 +252,3 @@ def _flag(write: Writer, values: Iterable[fx.Node]) -> fx.Node:
             element = write(aten.select.int, element, 0, 0)
         total = element if total is None else write(aten.add.Tensor, total, element)
     return write(aten.isnan.default, total)
-
-
-def _repeats(node: fx.Node) -> bool:
-    """Whether an operator run again gives the same, and does nothing else."""
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return getattr(target, "__module__", "") == "_operator"
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags

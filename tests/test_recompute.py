@@ -10,9 +10,10 @@ from torch import fx, nn
 
 import ddpn_fx
 from ddpn_fx.demo.timing import peak_bytes
-from ddpn_fx.passes.phases import Phase, Phases, storage
+from ddpn_fx.passes.phases import Phase, Phases
 from ddpn_fx.passes.recompute import CHOICES, ROLE
 from ddpn_fx.passes.segments import segments
+from ddpn_fx.passes.storage import storage
 
 aten = torch.ops.aten
 
@@ -195,7 +196,7 @@ def memory(model, batch, choice, *, backend="eager", **options):
     return peak_bytes(opt.train_step, batch, target)
 
 
-GROUPS = {"coupling": 1}  # K of larger blocks would be more than all that
+ALONE = {"coupling": 1}  # K of larger blocks would be more than all that
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ GROUPS = {"coupling": 1}  # K of larger blocks would be more than all that
 )
 def test_less_is_held(options, feedback, everything):
     batch = torch.randn(2048, 8)
-    held, less, least = (memory(deep(16), batch, choice, **GROUPS, **options) for choice in (None, *CHOICES))
+    held, less, least = (memory(deep(16), batch, choice, **ALONE, **options) for choice in (None, *CHOICES))
     assert less <= feedback * held
     assert least <= everything * held
 
@@ -216,7 +217,7 @@ def test_less_is_held(options, feedback, everything):
 @pytest.mark.thorough
 def test_of_several_positions_too():
     """Columns that K was made of are not held for the update: at four positions of eight features they are larger."""
-    words, options = torch.randint(11, (256, 4)), GROUPS | {"rollout": "nonlinear"}
+    words, options = torch.randint(11, (256, 4)), ALONE | {"rollout": "nonlinear"}
     held, less, least = (memory(Words(blocks=3), words, choice, **options) for choice in (None, *CHOICES))
     assert less < 0.9 * held
     assert least < 0.55 * held
@@ -225,9 +226,9 @@ def test_of_several_positions_too():
 @pytest.mark.thorough
 def test_what_is_held_grows_as_the_root_of_the_depth():
     batch = torch.randn(2048, 8)
-    few, many = (memory(deep(depth), batch, "all", **GROUPS) for depth in (12, 48))
+    few, many = (memory(deep(depth), batch, "all", **ALONE) for depth in (12, 48))
     assert many < 2.6 * few
-    few, many = (memory(deep(depth), batch, None, **GROUPS) for depth in (12, 48))
+    few, many = (memory(deep(depth), batch, None, **ALONE) for depth in (12, 48))
     assert many > 3 * few
 
 
@@ -236,7 +237,7 @@ def test_what_is_held_grows_as_the_root_of_the_depth():
 def test_inductor_holds_less_too(options):
     """Copies are neither merged with their originals nor brought forward, and segments stay apart."""
     batch = torch.randn(2048, 8)
-    held, least = (memory(deep(24), batch, c, backend="inductor", **GROUPS, **options) for c in (None, "all"))
+    held, least = (memory(deep(24), batch, c, backend="inductor", **ALONE, **options) for c in (None, "all"))
     assert least < 0.6 * held
 
 
@@ -246,6 +247,17 @@ def test_inductor_takes_the_same_step(choice):
     want, _, _ = trained("gated", None, {"rollout": "nonlinear"}, backend="eager")
     have, _, _ = trained("gated", choice, {"rollout": "nonlinear"}, backend="inductor")
     close(have, want, 1e-7)
+
+
+def test_switches_stay_off():
+    graphs = []
+    for off in ({}, {"share": False}):
+        torch.manual_seed(0)
+        net = ddpn_fx.compile(deep(3), loss=F.cross_entropy, backend="eager", recompute="all", passes=off)
+        ddpn_fx.DDPNOpt(net).train_step(torch.randn(4, 8), torch.arange(4) % 3)
+        (lowered,) = net._lowered.values()
+        graphs.append(len(lowered.module.graph.nodes))
+    assert graphs[1] > graphs[0]
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
