@@ -210,6 +210,7 @@ def test_a_parameter_that_leaves_has_its_state_for_itself():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_parameter_groups_and_large_weights_have_stacks_of_their_own_or_none():
     """A group's numbers are its own; what is large is not copied about."""
     compiled = net()
@@ -321,6 +322,7 @@ def test_lanes_of_other_layouts_or_numbers_stay():
     torch.testing.assert_close(module(x, y, z), function(x, y, z))
 
 
+@pytest.mark.thorough
 def test_views_of_what_is_not_stacked_as_it_lay():
     """Per-sample gradients of convolutions lie with their kernel first; of their stack a view is none."""
     torch.manual_seed(0)

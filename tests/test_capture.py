@@ -497,6 +497,7 @@ def codes(n=6):
     return torch.cat([torch.arange(n)[:, None] % 7.0, torch.randn(n, 2)], 1), torch.arange(n) % 4
 
 
+@pytest.mark.thorough
 def test_codes_among_floats(tmp_path):
     """No trial run and no exported graph leaves the range that the model takes."""
     torch.manual_seed(0)

@@ -97,6 +97,7 @@ def test_random_nets_equal_oracle(net, data):
     run(net, data, WAYS)
 
 
+@pytest.mark.thorough
 @given(nets(sizes=(4, 10)), st.data())
 def test_random_nets_in_nonlinear_rollouts_equal_oracle(net, data):
     run(net, data, NONLINEAR)

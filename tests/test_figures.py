@@ -203,6 +203,7 @@ def test_batch_statistics_are_held():
     assert (found["batch"][0] > 0).all()
 
 
+@pytest.mark.thorough
 def test_compiled_and_in_single_precision():
     settings = oracle.Settings(lr=0.3, weight_decay=0.1)
     found = []

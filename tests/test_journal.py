@@ -81,6 +81,7 @@ def test_torch_logs(tmp_path):
     assert [detail for detail in DETAILS if detail in said] == []
 
 
+@pytest.mark.thorough
 def test_torch_trace(tmp_path):
     run(tmp_path, TORCH_TRACE=str(tmp_path / "trace"))
     (file,) = (tmp_path / "trace").iterdir()

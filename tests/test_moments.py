@@ -268,6 +268,7 @@ def test_a_training_recovers_from_a_first_batch_that_is_not_finite():
     assert weights(net).isfinite().all()
 
 
+@pytest.mark.thorough
 def test_a_state_of_no_steps_is_loaded():
     net, opt = made(accumulate=2)
     (F.cross_entropy(net(data()[0]), data()[1]) / 2).backward()
@@ -299,6 +300,7 @@ def test_a_training_goes_on_where_it_was(taken):
         assert torch.equal(weights(resumed.net), weights(whole))
 
 
+@pytest.mark.thorough
 def test_an_optimizer_of_before_there_were_lagged_steps_is_read():
     _, opt = made()
     lags(opt, 5)

@@ -746,7 +746,8 @@ def decisions(monkeypatch) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
 def test_cost_model_of_positions_reaches_both_branches(kind, monkeypatch):
     found = decisions(monkeypatch)
     for layer in COSTED:

@@ -334,6 +334,7 @@ def test_columns_at_hand_serve_a_dense_layers_sketch(lagged, monkeypatch):
     assert set(asked) == {(not lagged, not lagged)}
 
 
+@pytest.mark.thorough
 def test_columns_stay_where_a_sketch_is_no_less(served):
     found = operators(one_step(wide, preconditioner="eigen-factored")[1])
     assert found["aten.convolution.default"] == 4

@@ -169,6 +169,7 @@ def test_the_catalogue_names_what_runs(whole):
         catalogue.enabled("capture")
 
 
+@pytest.mark.thorough
 def test_explain_the_log_and_two_exports_say_what_is_off(tmp_path, caplog, capsys):
     with caplog.at_level(logging.INFO, logger="ddpn_fx"):
         net, _ = train(["share", "fold"])
