@@ -346,7 +346,6 @@ def test_a_stage_is_the_value_of_its_own_policy(mu_u, mu_x):
 # --- convergence ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.thorough
 def test_ddp_converges_quadratically_and_ilqr_linearly():
     task = problems.pendulum(T=20)
     ddp, ilqr = (control.Solver(*task.functions, second_order=so, regularization=0) for so in (True, False))
